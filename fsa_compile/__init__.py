@@ -1,0 +1,3 @@
+"""Native Sparse Attention under `torch.compile`."""
+
+from . import ops as ops
