@@ -1,10 +1,15 @@
-"""Checks of values that only the device knows: they synchronise, so they run only when asked for."""
+"""Checks of values that only the device knows. They wait for the device, so they run only when asked for."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
+
+__all__ = ["check_values", "is_validating", "validate"]
 
 _validating = os.environ.get("FSA_COMPILE_VALIDATE", "0").lower() not in ("", "0", "false", "off")
 
@@ -12,9 +17,10 @@ _validating = os.environ.get("FSA_COMPILE_VALIDATE", "0").lower() not in ("", "0
 def validate(on: bool = True) -> None:
     """Switch the checks of values on or off (off after import, unless the environment has `FSA_COMPILE_VALIDATE=1`).
 
-    While on, every eager `fsa` operator reads its index tensors back to the host and raises ValueError for a block id that is out of
-    range, in the future or repeated within a row, and for `cu_seqlens` that do not start at 0, decrease, or do not end at the total
-    length. Each such check waits for the device.
+    While on, every eager `fsa` operator reads its index tensors back to the host and raises ValueError for a block id
+    that is out of range, in the future or repeated within a row, and for `cu_seqlens` that do not start at 0, decrease,
+    or do not end at the total length. Each check waits for the device, and none runs inside compiled code that has
+    replaced the operator by kernels.
     """
     global _validating
     _validating = bool(on)
@@ -23,3 +29,78 @@ def validate(on: bool = True) -> None:
 def is_validating() -> bool:
     """Whether the checks of values run."""
     return _validating
+
+
+def check_values(op: str, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first wrong value among `arguments`, those of one call of `fsa::op` by name.
+
+    Understands block_indices, cu_seqlens, cu_seqlens_q and cu_seqlens_k, with the lengths that bound them.
+    """
+    seq_len, seq_len_k = _lengths(arguments)
+    _bounds(op, "cu_seqlens", arguments.get("cu_seqlens"), seq_len)
+    cu_seqlens = _bounds(op, "cu_seqlens_q", arguments.get("cu_seqlens_q"), seq_len)
+    cu_seqlens_k = _bounds(op, "cu_seqlens_k", arguments.get("cu_seqlens_k"), seq_len_k) or cu_seqlens
+    if cu_seqlens is not None and cu_seqlens_k is not None:
+        for i in range(len(cu_seqlens) - 1):
+            length, length_k = cu_seqlens[i + 1] - cu_seqlens[i], cu_seqlens_k[i + 1] - cu_seqlens_k[i]
+            if length > length_k:
+                raise ValueError(
+                    f"fsa::{op}: sequence {i} has {length} queries in cu_seqlens_q and {length_k} keys in cu_seqlens_k, "
+                    "but it should have at least as many keys"
+                )
+    block_indices = arguments.get("block_indices")
+    if block_indices is None:
+        return
+    if cu_seqlens is None or cu_seqlens_k is None:
+        cu_seqlens, cu_seqlens_k = [0, seq_len], [0, seq_len_k]
+    for i in range(len(cu_seqlens) - 1):
+        rows = block_indices[:, cu_seqlens[i] : cu_seqlens[i + 1]].cpu().long()
+        _check_blocks(op, rows, cu_seqlens_k[i + 1] - cu_seqlens_k[i], arguments["block_size"], cu_seqlens[i])
+
+
+def _lengths(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Lengths of the queries and of the keys; of both, that of the one sequence dimension there is in a compression."""
+    if "seq_len" in arguments:
+        return arguments["seq_len"], arguments["seq_len"]
+    if "x" in arguments:
+        return arguments["x"].shape[1], arguments["x"].shape[1]
+    seq_len = arguments["q"].shape[1]
+    if "k" in arguments:
+        return seq_len, arguments["k"].shape[1]
+    seq_len_k = arguments.get("seq_len_k")
+    return seq_len, seq_len if seq_len_k is None else seq_len_k
+
+
+def _bounds(op: str, name: str, cu_seqlens: Tensor | None, total: int) -> list[int] | None:
+    if cu_seqlens is None:
+        return None
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"fsa::{op}: {name} starts at {bounds[0]}, but it should start at 0")
+    for i in range(len(bounds) - 1):
+        if bounds[i] > bounds[i + 1]:
+            raise ValueError(
+                f"fsa::{op}: {name} decreases from {bounds[i]} to {bounds[i + 1]} at index {i + 1}, but it should not"
+            )
+    if bounds[-1] != total:
+        raise ValueError(f"fsa::{op}: {name} ends at {bounds[-1]}, but it should end at the total length, {total}")
+    return bounds
+
+
+def _check_blocks(op: str, rows: Tensor, seq_len_k: int, block_size: int, first_row: int) -> None:
+    """`rows`: [B, T, HK, S], block ids of one sequence, whose first query is row `first_row` of the whole tensor."""
+    num_blocks = -(-seq_len_k // block_size)
+    position = torch.arange(seq_len_k - rows.shape[1], seq_len_k)[:, None, None]
+    ordered = rows.sort(-1).values
+    repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != -1)
+    for wrong, values, should in (
+        ((rows < -1) | (rows >= num_blocks), rows, f"be -1 or from 0 to {num_blocks - 1}, the last block"),
+        (rows > position // block_size, rows, "not lie in the future of its query"),
+        (repeated, ordered[..., 1:], "not repeat within a row"),
+    ):
+        if wrong.any():
+            b, t, h, s = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"fsa::{op}: block_indices[{b}, {first_row + t}, {h}] holds block id {int(values[b, t, h, s])}, "
+                f"but a block id should {should}"
+            )

@@ -2,4 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+
+from . import autograd as autograd
+from . import composite as composite
+from . import fakes as fakes
 from . import schema as schema
+
+for _name in ("dense", "cpu", "loop_order", "cuda"):
+    if importlib.util.find_spec(f"{__name__}.{_name}") is not None:
+        importlib.import_module(f"{__name__}.{_name}")

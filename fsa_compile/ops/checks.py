@@ -1,241 +1,50 @@
 """What every `fsa` operator accepts. The eager implementations and the fake kernels run these same checks.
 
-An operator's check states the layout of each tensor in the glossary's names; a name stands for one size wherever it appears. Sizes may be
-symbolic: comparing two of them guards on the relation that the operator needs anyway, and an unbacked one is taken on trust.
 ValueError is for shapes, devices and options, TypeError for dtypes; each names the operator and the argument, says what it had and what it
-should be.
+should be. Each check has its operator's argument names, kinds and defaults.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Union
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 
-__all__ = ["CHECKS", "LOOP_ORDERS", "MAX_HEAD_DIM", "compressed_length", "packed_compressed_length"]
+from .arguments import BLOCKS, K_CMP, ROWS, V_CMP, X_CMP, Call, K, Q, Size, V, X
 
-LOOP_ORDERS = ("auto", "fsa", "nsa")
-MAX_HEAD_DIM = 256
-MIN_BLOCK_SIZE = 16
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_SHORT = {dtype: str(dtype).removeprefix("torch.") for dtype in (*_DTYPES, torch.float64, torch.int32, torch.int64)}
-
-Size = Union[int, SymInt]
-
-_Q = ("batch", "seq_len", "num_q_heads", "head_dim")
-_K = ("batch", "seq_len_k", "num_kv_heads", "head_dim")
-_V = ("batch", "seq_len_k", "num_kv_heads", "head_dim_v")
-_K_CMP = ("batch", "num_compressed", "num_kv_heads", "head_dim")
-_V_CMP = ("batch", "num_compressed", "num_kv_heads", "head_dim_v")
-_OUT = ("batch", "seq_len", "num_q_heads", "head_dim_v")
-_ROWS = ("batch", "seq_len", "num_q_heads")
-_BLOCKS = ("batch", "seq_len", "num_kv_heads", "num_selected")
-_X = ("batch", "seq_len", "num_kv_heads", "head_dim")
-_X_CMP = ("batch", "num_compressed", "num_kv_heads", "head_dim")
-
-
-def _true(condition: Any) -> bool:
-    """`bool(condition)`, but False where it hangs on an unbacked size."""
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import guard_or_false
-
-    return guard_or_false(condition)
-
-
-def compressed_length(seq_len: Size, kernel_size: int, kernel_stride: int) -> Size:
-    """Number of compressed tokens of one sequence (SPEC stage 1)."""
-    length = (seq_len - kernel_size) // kernel_stride + 1
-    if not isinstance(seq_len, int):
-        from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
-
-        if has_free_unbacked_symbols(seq_len):
-            return torch.sym_max(0, length)
-    return length if seq_len >= kernel_size else 0
-
-
-def packed_compressed_length(total_len: Size, kernel_stride: int) -> Size:
-    """Number of rows that hold the compressed tokens of packed sequences, padding included (SPEC stage 1)."""
-    return total_len // kernel_stride
-
-
-class _Call:
-    """The arguments of one call, checked one after another; remembers which size each dimension name stands for."""
-
-    __slots__ = ("device", "dims", "dtype", "dtype_of", "op")
-
-    def __init__(self, op: str) -> None:
-        self.op = op
-        self.dims: dict[str, Size] = {}
-        self.dtype: torch.dtype | None = None
-        self.dtype_of = ""
-        self.device: torch.device | None = None
-
-    def fail(self, message: str) -> ValueError:
-        return ValueError(f"fsa::{self.op}: {message}")
-
-    def _layout(self, layout: tuple[str, ...]) -> str:
-        return "[" + ", ".join(f"{d}={self.dims[d]}" if d in self.dims else d for d in layout) + "]"
-
-    def _shaped(self, name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
-        shape = tensor.shape
-        if len(shape) != len(layout):
-            raise self.fail(
-                f"{name} has {len(shape)} dimensions, shape {tuple(shape)}, but it should have {len(layout)}: {self._layout(layout)}"
-            )
-        dims = self.dims
-        for dim, size in zip(layout, shape):
-            known = dims.get(dim)
-            if known is not None and _true(known != size):
-                raise self.fail(
-                    f"{name} has shape {tuple(shape)}, but it should be {self._layout(layout)} ({dim} is {size}, not {known})"
-                )
-        for dim, size in zip(layout, shape):
-            dims.setdefault(dim, size)
-        if self.device is None:
-            self.device = tensor.device
-        elif tensor.device != self.device:
-            raise self.fail(f"{name} is on {tensor.device}, but it should be on {self.device}, where {self.dtype_of} is")
-
-    def data(self, name: str, tensor: Tensor | None, layout: tuple[str, ...]) -> None:
-        """A tensor of the call's one dtype; the first fixes dtype and device."""
-        if tensor is None:
-            return
-        dtype = tensor.dtype
-        if self.dtype is None:
-            if dtype not in _DTYPES:
-                raise TypeError(f"fsa::{self.op}: {name} is {dtype}, but it should be bfloat16, float16 or float32")
-            self.dtype, self.dtype_of = dtype, name
-        elif dtype is not self.dtype:
-            raise TypeError(f"fsa::{self.op}: {name} is {dtype}, but it should be {self.dtype}, the dtype of {self.dtype_of}")
-        self._shaped(name, tensor, layout)
-
-    def typed(self, name: str, tensor: Tensor | None, layout: tuple[str, ...], dtype: torch.dtype) -> None:
-        """A tensor of a dtype of its own."""
-        if tensor is None:
-            return
-        if tensor.dtype is not dtype:
-            raise TypeError(f"fsa::{self.op}: {name} is {tensor.dtype}, but it should be {dtype}")
-        self._shaped(name, tensor, layout)
-
-    def gate(self, name: str, tensor: Tensor | None) -> None:
-        if tensor is None:
-            return
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"fsa::{self.op}: {name} is {tensor.dtype}, but it should be a floating dtype")
-        self._shaped(name, tensor, _ROWS)
-
-    def heads(self) -> None:
-        """Grouped query heads, head dims the kernels can hold, no empty dimension, queries that are the last positions of the keys."""
-        dims = self.dims
-        for name in ("batch", "seq_len", "seq_len_k", "num_q_heads", "num_kv_heads", "head_dim", "head_dim_v"):
-            if name in dims and _true(dims[name] == 0):
-                raise self.fail(f"{name} is 0, but it should be at least 1")
-        num_q_heads, num_kv_heads = dims.get("num_q_heads", 1), dims["num_kv_heads"]
-        if "num_q_heads" in dims and _true(num_q_heads % num_kv_heads != 0):
-            raise self.fail(
-                f"q has {num_q_heads} heads and k has {num_kv_heads}, but num_q_heads should be a multiple of num_kv_heads"
-            )
-        for name in ("head_dim", "head_dim_v"):
-            if name in dims and _true(dims[name] > MAX_HEAD_DIM):
-                raise self.fail(f"{name} is {dims[name]}, but it should be at most {MAX_HEAD_DIM}")
-        if "seq_len_k" in dims and _true(dims["seq_len_k"] < dims["seq_len"]):
-            raise self.fail(
-                f"seq_len_k is {dims['seq_len_k']} and seq_len is {dims['seq_len']}, but the queries are the last positions of the "
-                "keys, so seq_len_k should be at least seq_len"
-            )
-
-    def lengths_k(self, seq_len_k: Size | None) -> None:
-        """`seq_len_k` of an operator that does not see the keys."""
-        self.dims["seq_len_k"] = self.dims["seq_len"] if seq_len_k is None else seq_len_k
-
-    def compressed(self, kernel_size: int, kernel_stride: int, cu_seqlens: Tensor | None, of: str = "seq_len_k") -> None:
-        """Fixes how many compressed tokens there are, from the length of the keys."""
-        length = self.dims[of]
-        self.dims["num_compressed"] = (
-            compressed_length(length, kernel_size, kernel_stride)
-            if cu_seqlens is None
-            else packed_compressed_length(length, kernel_stride)
-        )
-
-    def cu_seqlens(self, name: str, cu_seqlens: Tensor | None) -> None:
-        if cu_seqlens is None:
-            return
-        self.typed(name, cu_seqlens, ("num_seqs + 1",), torch.int32)
-        if _true(self.dims["num_seqs + 1"] < 2):
-            raise self.fail(f"{name} has shape {tuple(cu_seqlens.shape)}, but it should be [num_seqs + 1] with num_seqs >= 1")
-        if _true(self.dims["batch"] != 1):
-            raise self.fail(
-                f"{name} is given and batch is {self.dims['batch']}, but packed sequences should have batch 1: [1, total_len, ...]"
-            )
-
-    def packed(self, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_q: Size | None, max_k: Size | None) -> None:
-        if cu_seqlens_q is None and cu_seqlens_k is not None:
-            raise self.fail("cu_seqlens_k is given without cu_seqlens_q, but packed keys should come with packed queries")
-        for name, length in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
-            if length is not None and _true(length < 0):
-                raise self.fail(f"{name} is {length}, but it should not be negative")
-        if cu_seqlens_q is None:
-            return
-        self.cu_seqlens("cu_seqlens_q", cu_seqlens_q)
-        self.cu_seqlens("cu_seqlens_k", cu_seqlens_k)
-        if cu_seqlens_k is None and _true(self.dims["seq_len_k"] != self.dims["seq_len"]):
-            raise self.fail(
-                f"cu_seqlens_k is None, which means the queries' lengths, but there are {self.dims['seq_len']} queries and "
-                f"{self.dims['seq_len_k']} keys: it should be given"
-            )
-
-    def windows(self, kernel_size: int, kernel_stride: int) -> None:
-        if kernel_stride < 1:
-            raise self.fail(f"kernel_stride is {kernel_stride}, but it should be at least 1")
-        if kernel_size < 1 or kernel_size % kernel_stride:
-            raise self.fail(f"kernel_size is {kernel_size}, but it should be a positive multiple of kernel_stride={kernel_stride}")
-
-    def block_size(self, block_size: int, kernel_stride: int | None = None) -> None:
-        if block_size < MIN_BLOCK_SIZE or block_size & (block_size - 1):
-            raise self.fail(f"block_size is {block_size}, but it should be a power of two and at least {MIN_BLOCK_SIZE}")
-        if kernel_stride is not None and block_size % kernel_stride:
-            raise self.fail(f"kernel_stride is {kernel_stride}, but it should divide block_size={block_size}")
-
-    def selection(self, num_selected: int, init_blocks: int, local_blocks: int) -> None:
-        for name, count in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
-            if count < 0:
-                raise self.fail(f"{name} is {count}, but it should not be negative")
-        if num_selected < max(1, init_blocks + local_blocks):
-            raise self.fail(
-                f"num_selected is {num_selected}, but the forced blocks count towards it, so it should be at least "
-                f"init_blocks + local_blocks = {init_blocks + local_blocks} and at least 1"
-            )
-
-    def loop_order(self, loop_order: str) -> None:
-        if loop_order not in LOOP_ORDERS:
-            raise self.fail(f"loop_order is {loop_order!r}, but it should be one of {', '.join(map(repr, LOOP_ORDERS))}")
-
-    def grads(self, grad_out: Tensor | None, grad_lse: Tensor | None) -> None:
-        self.data("grad_out", grad_out, _OUT)
-        self.typed("grad_lse", grad_lse, _ROWS, torch.float32)
-
-    def results(self, out: Tensor, lse: Tensor) -> None:
-        self.data("out", out, _OUT)
-        self.typed("lse", lse, _ROWS, torch.float32)
-
-
-# Each check below has its operator's argument names, kinds and defaults.
+__all__ = ["CHECKS"]
 
 
 def _nsa_attention(
-    q: Tensor, k: Tensor, v: Tensor, g_cmp: Tensor | None = None, g_slc: Tensor | None = None, g_swa: Tensor | None = None, *,
-    k_cmp: Tensor | None = None, v_cmp: Tensor | None = None, block_indices: Tensor | None = None, block_size: int = 64,
-    num_selected: int = 16, kernel_size: int = 32, kernel_stride: int = 16, init_blocks: int = 1, local_blocks: int = 2,
-    window_size: int = 512, scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: Size | None = None, max_seqlen_k: Size | None = None, loop_order: str = "auto",
-) -> None:  # fmt: skip
-    call = _Call("nsa_attention")
-    call.data("q", q, _Q)
-    call.data("k", k, _K)
-    call.data("v", v, _V)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_cmp: Tensor | None = None,
+    g_slc: Tensor | None = None,
+    g_swa: Tensor | None = None,
+    *,
+    k_cmp: Tensor | None = None,
+    v_cmp: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    block_size: int = 64,
+    num_selected: int = 16,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    window_size: int = 512,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: Size | None = None,
+    max_seqlen_k: Size | None = None,
+    loop_order: str = "auto",
+) -> None:
+    call = Call("nsa_attention")
+    call.data("q", q, Q)
+    call.data("k", k, K)
+    call.data("v", v, V)
     call.heads()
     call.packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     call.block_size(block_size, kernel_stride if kernel_stride > 0 else None)
@@ -251,25 +60,34 @@ def _nsa_attention(
         raise call.fail("k_cmp and g_cmp are given without v_cmp, but the compressed branch should have values")
     if k_cmp is not None:
         call.compressed(kernel_size, kernel_stride, cu_seqlens_q)
-        call.data("k_cmp", k_cmp, _K_CMP)
-        call.data("v_cmp", v_cmp, _V_CMP)
+        call.data("k_cmp", k_cmp, K_CMP)
+        call.data("v_cmp", v_cmp, V_CMP)
     if block_indices is None:
         call.selection(num_selected, init_blocks, local_blocks)
     else:
-        call.typed("block_indices", block_indices, _BLOCKS, torch.int32)
+        call.typed("block_indices", block_indices, BLOCKS, torch.int32)
     call.loop_order(loop_order)
 
 
 def _selected_call(
-    op: str, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, max_seqlen_q: Size | None, max_seqlen_k: Size | None, loop_order: str,
-) -> _Call:  # fmt: skip
-    call = _Call(op)
-    call.data("q", q, _Q)
-    call.data("k", k, _K)
-    call.data("v", v, _V)
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_size: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: Size | None,
+    max_seqlen_k: Size | None,
+    loop_order: str,
+) -> Call:
+    call = Call(op)
+    call.data("q", q, Q)
+    call.data("k", k, K)
+    call.data("v", v, V)
     call.heads()
-    call.typed("block_indices", block_indices, _BLOCKS, torch.int32)
+    call.typed("block_indices", block_indices, BLOCKS, torch.int32)
     call.packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     call.block_size(block_size)
     call.loop_order(loop_order)
@@ -277,91 +95,209 @@ def _selected_call(
 
 
 def _selected_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int = 64, scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: Size | None = None,
-    max_seqlen_k: Size | None = None, loop_order: str = "auto",
-) -> None:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    block_size: int = 64,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: Size | None = None,
+    max_seqlen_k: Size | None = None,
+    loop_order: str = "auto",
+) -> None:
     _selected_call(
-        "selected_attention", q, k, v, block_indices, block_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, loop_order
+        "selected_attention",
+        q,
+        k,
+        v,
+        block_indices,
+        block_size,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        loop_order,
     )
 
 
 def _selected_attention_backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, out: Tensor,
-    lse: Tensor, *, block_size: int = 64, scale: float | None = None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, max_seqlen_q: Size | None = None, max_seqlen_k: Size | None = None, loop_order: str = "auto",
-) -> None:  # fmt: skip
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    block_size: int = 64,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: Size | None = None,
+    max_seqlen_k: Size | None = None,
+    loop_order: str = "auto",
+) -> None:
     call = _selected_call(
-        "selected_attention_backward", q, k, v, block_indices, block_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        "selected_attention_backward",
+        q,
+        k,
+        v,
+        block_indices,
+        block_size,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
         loop_order,
-    )  # fmt: skip
+    )
     call.results(out, lse)
     call.grads(grad_out, grad_lse)
 
 
 def _compressed_call(
-    op: str, q: Tensor, k_cmp: Tensor, v_cmp: Tensor | None, kernel_size: int, kernel_stride: int, seq_len_k: Size | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: Size | None, max_seqlen_k: Size | None,
-) -> _Call:  # fmt: skip
-    call = _Call(op)
+    op: str,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor | None,
+    kernel_size: int,
+    kernel_stride: int,
+    seq_len_k: Size | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: Size | None,
+    max_seqlen_k: Size | None,
+) -> Call:
+    call = Call(op)
     call.windows(kernel_size, kernel_stride)
-    call.data("q", q, _Q)
+    call.data("q", q, Q)
     call.lengths_k(seq_len_k)
     call.compressed(kernel_size, kernel_stride, cu_seqlens_q)
-    call.data("k_cmp", k_cmp, _K_CMP)
-    call.data("v_cmp", v_cmp, _V_CMP)
+    call.data("k_cmp", k_cmp, K_CMP)
+    call.data("v_cmp", v_cmp, V_CMP)
     call.heads()
     call.packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return call
 
 
 def _compressed_attention(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: Size | None = None,
-    scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: Size | None = None, max_seqlen_k: Size | None = None,
-) -> None:  # fmt: skip
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    *,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    seq_len_k: Size | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: Size | None = None,
+    max_seqlen_k: Size | None = None,
+) -> None:
     _compressed_call(
-        "compressed_attention", q, k_cmp, v_cmp, kernel_size, kernel_stride, seq_len_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        "compressed_attention",
+        q,
+        k_cmp,
+        v_cmp,
+        kernel_size,
+        kernel_stride,
+        seq_len_k,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
         max_seqlen_k,
-    )  # fmt: skip
+    )
 
 
 def _compressed_attention_backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse: Tensor, *,
-    kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: Size | None = None, scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: Size | None = None,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    seq_len_k: Size | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: Size | None = None,
     max_seqlen_k: Size | None = None,
-) -> None:  # fmt: skip
+) -> None:
     call = _compressed_call(
-        "compressed_attention_backward", q, k_cmp, v_cmp, kernel_size, kernel_stride, seq_len_k, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k,
-    )  # fmt: skip
+        "compressed_attention_backward",
+        q,
+        k_cmp,
+        v_cmp,
+        kernel_size,
+        kernel_stride,
+        seq_len_k,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+    )
     call.results(out, lse)
     call.grads(grad_out, grad_lse)
 
 
 def _select_blocks(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, *, block_size: int = 64, num_selected: int = 16, kernel_size: int = 32,
-    kernel_stride: int = 16, init_blocks: int = 1, local_blocks: int = 2, seq_len_k: Size | None = None, scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: Size | None = None,
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    *,
+    block_size: int = 64,
+    num_selected: int = 16,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    seq_len_k: Size | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: Size | None = None,
     max_seqlen_k: Size | None = None,
-) -> None:  # fmt: skip
+) -> None:
     call = _compressed_call(
-        "select_blocks", q, k_cmp, None, kernel_size, kernel_stride, seq_len_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        "select_blocks",
+        q,
+        k_cmp,
+        None,
+        kernel_size,
+        kernel_stride,
+        seq_len_k,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
     )
-    call.typed("lse", lse, _ROWS, torch.float32)
+    call.typed("lse", lse, ROWS, torch.float32)
     call.block_size(block_size, kernel_stride)
     call.selection(num_selected, init_blocks, local_blocks)
 
 
 def _sliding_call(
-    op: str, q: Tensor, k: Tensor, v: Tensor, window_size: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    max_seqlen_q: Size | None, max_seqlen_k: Size | None,
-) -> _Call:  # fmt: skip
-    call = _Call(op)
-    call.data("q", q, _Q)
-    call.data("k", k, _K)
-    call.data("v", v, _V)
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: Size | None,
+    max_seqlen_k: Size | None,
+) -> Call:
+    call = Call(op)
+    call.data("q", q, Q)
+    call.data("k", k, K)
+    call.data("v", v, V)
     call.heads()
     call.packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if window_size < 1:
@@ -370,28 +306,59 @@ def _sliding_call(
 
 
 def _sliding_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, max_seqlen_q: Size | None = None, max_seqlen_k: Size | None = None,
-) -> None:  # fmt: skip
-    _sliding_call("sliding_window_attention", q, k, v, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window_size: int,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: Size | None = None,
+    max_seqlen_k: Size | None = None,
+) -> None:
+    _sliding_call(
+        "sliding_window_attention", q, k, v, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    )
 
 
 def _sliding_window_attention_backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, window_size: int,
-    scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: Size | None = None, max_seqlen_k: Size | None = None,
-) -> None:  # fmt: skip
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    window_size: int,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: Size | None = None,
+    max_seqlen_k: Size | None = None,
+) -> None:
     call = _sliding_call(
-        "sliding_window_attention_backward", q, k, v, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        "sliding_window_attention_backward",
+        q,
+        k,
+        v,
+        window_size,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
     )
     call.results(out, lse)
     call.grads(grad_out, grad_lse)
 
 
-def _mean_compress(x: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None) -> None:
-    call = _Call("mean_compress")
+def _mean_compress(
+    x: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None
+) -> None:
+    call = Call("mean_compress")
     call.windows(kernel_size, kernel_stride)
-    call.data("x", x, _X)
+    call.data("x", x, X)
     call.heads()
     call.cu_seqlens("cu_seqlens", cu_seqlens)
 
@@ -399,11 +366,11 @@ def _mean_compress(x: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16,
 def _mean_compress_backward(
     grad_out: Tensor, *, seq_len: Size, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None
 ) -> None:
-    call = _Call("mean_compress_backward")
+    call = Call("mean_compress_backward")
     call.windows(kernel_size, kernel_stride)
     call.dims["seq_len"] = seq_len
     call.compressed(kernel_size, kernel_stride, cu_seqlens, of="seq_len")
-    call.data("grad_out", grad_out, _X_CMP)
+    call.data("grad_out", grad_out, X_CMP)
     call.heads()
     call.cu_seqlens("cu_seqlens", cu_seqlens)
 
@@ -411,7 +378,15 @@ def _mean_compress_backward(
 CHECKS: dict[str, Callable[..., None]] = {
     check.__name__[1:]: check
     for check in (
-        _nsa_attention, _selected_attention, _selected_attention_backward, _compressed_attention, _compressed_attention_backward,
-        _select_blocks, _sliding_window_attention, _sliding_window_attention_backward, _mean_compress, _mean_compress_backward,
+        _nsa_attention,
+        _selected_attention,
+        _selected_attention_backward,
+        _compressed_attention,
+        _compressed_attention_backward,
+        _select_blocks,
+        _sliding_window_attention,
+        _sliding_window_attention_backward,
+        _mean_compress,
+        _mean_compress_backward,
     )
-}  # fmt: skip
+}

@@ -1,7 +1,7 @@
 """Schemas of the `fsa` operators, and the one way to register what they do.
 
-There is a single `torch.library.Library`; every module that defines or implements an operator goes through it. `Library.define` and
-`Library.impl` are used rather than `torch.library.custom_op` because they cost half as much per call.
+There is a single `torch.library.Library`; every module that defines or implements an operator goes through it.
+`Library.define` and `Library.impl` rather than `torch.library.custom_op`: they cost half as much per call.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _FORCED = "int init_blocks=1, int local_blocks=2"
 _SCHEMAS = (
     "nsa_attention(Tensor q, Tensor k, Tensor v, Tensor? g_cmp=None, Tensor? g_slc=None, Tensor? g_swa=None, *, "
     "Tensor? k_cmp=None, Tensor? v_cmp=None, Tensor? block_indices=None, int block_size=64, int num_selected=16, "
-    f'{_WINDOWS}, {_FORCED}, int window_size=512, float? scale=None, {_PACK}, str loop_order="auto") -> Tensor',
+    f"{_WINDOWS}, {_FORCED}, int window_size=512, float? scale=None, {_PACK}, str loop_order=\"auto\") -> Tensor",
     f"selected_attention(Tensor q, Tensor k, Tensor v, Tensor block_indices, *, {_SELECTED}) -> (Tensor, Tensor)",
-    "selected_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor block_indices, "
-    f"Tensor out, Tensor lse, *, {_SELECTED}) -> (Tensor, Tensor, Tensor)",
+    "selected_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+    f"Tensor block_indices, Tensor out, Tensor lse, *, {_SELECTED}) -> (Tensor, Tensor, Tensor)",
     f"compressed_attention(Tensor q, Tensor k_cmp, Tensor v_cmp, *, {_COMPRESSED}) -> (Tensor, Tensor)",
-    "compressed_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor out, "
-    f"Tensor lse, *, {_COMPRESSED}) -> (Tensor, Tensor, Tensor)",
-    f"select_blocks(Tensor q, Tensor k_cmp, Tensor lse, *, int block_size=64, int num_selected=16, {_WINDOWS}, {_FORCED}, "
-    f"SymInt? seq_len_k=None, float? scale=None, {_PACK}) -> Tensor",
+    "compressed_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k_cmp, Tensor v_cmp, "
+    f"Tensor out, Tensor lse, *, {_COMPRESSED}) -> (Tensor, Tensor, Tensor)",
+    "select_blocks(Tensor q, Tensor k_cmp, Tensor lse, *, int block_size=64, int num_selected=16, "
+    f"{_WINDOWS}, {_FORCED}, SymInt? seq_len_k=None, float? scale=None, {_PACK}) -> Tensor",
     f"sliding_window_attention(Tensor q, Tensor k, Tensor v, *, {_SLIDING}) -> (Tensor, Tensor)",
-    "sliding_window_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, *, {_SLIDING}) -> (Tensor, Tensor, Tensor)",
+    "sliding_window_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+    f"Tensor out, Tensor lse, *, {_SLIDING}) -> (Tensor, Tensor, Tensor)",
     f"mean_compress(Tensor x, *, {_WINDOWS}, Tensor? cu_seqlens=None) -> Tensor",
     f"mean_compress_backward(Tensor grad_out, *, SymInt seq_len, {_WINDOWS}, Tensor? cu_seqlens=None) -> Tensor",
 )
@@ -50,14 +50,10 @@ SEMANTIC_OPS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
 BACKWARD_OPS = tuple(name for name in SEMANTIC_OPS if name.endswith("_backward"))
 DIFFERENTIABLE_OPS = tuple(name.removesuffix("_backward") for name in BACKWARD_OPS)
 
-_defaults: dict[str, dict[str, Any]] = {}
-
 
 def define(schema: str) -> None:
     """Define one operator of namespace `fsa`. Nothing here mutates its inputs, so every operator is pt2 compliant."""
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    parsed = torch._C.parse_schema(f"fsa::{schema}")
-    _defaults[parsed.name.removeprefix("fsa::")] = {a.name: a.default_value for a in parsed.arguments}
 
 
 def signature(name: str) -> inspect.Signature:
@@ -72,7 +68,7 @@ def signature(name: str) -> inspect.Signature:
 
 
 def _verify_signature(name: str, fn: Callable[..., Any]) -> None:
-    """The dispatcher leaves out arguments that equal their default, so a wrong default in `fn` would go unnoticed until it bites."""
+    """The dispatcher leaves out arguments that equal their default: a wrong default in `fn` would bite unnoticed."""
     want = [(p.name, p.kind, p.default) for p in signature(name).parameters.values()]
     have = [(p.name, p.kind, p.default) for p in inspect.signature(fn).parameters.values()]
     if want != have:
@@ -82,45 +78,37 @@ def _verify_signature(name: str, fn: Callable[..., Any]) -> None:
 def impl(name: str, fn: Callable[..., Any], *keys: str) -> None:
     """Register `fn` as what `fsa::name` does on the dispatch keys `keys` ("CPU", "CUDA", ...).
 
-    `fn` has the schema's argument names, kinds and defaults (verified here). For a semantic operator the argument checks run before
-    `fn`, and the checks of values too while `fsa_compile.debug` validates: an implementation checks nothing itself.
+    `fn` has the schema's argument names, kinds and defaults (verified here). For a semantic operator the argument checks
+    run before `fn`, and so do the checks of values while `fsa_compile.debug` validates: `fn` itself checks nothing.
     """
     _verify_signature(name, fn)
-    call = _checked(name, fn) if name in CHECKS else fn
     for key in keys:
-        LIB.impl(name, call, key)
+        # A composite also runs on fake tensors, which have no values; the operators that it calls check theirs.
+        LIB.impl(name, _checked(name, fn, values=not key.startswith("Composite")), key)
 
 
-def _checked(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(name: str, fn: Callable[..., Any], *, values: bool) -> Callable[..., Any]:
+    if name not in CHECKS:
+        return fn
     check = CHECKS[name]
     bind = inspect.signature(fn).bind
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
-        if debug.is_validating():
+        if values and debug.is_validating():
             bound = bind(*args, **kwargs)
             bound.apply_defaults()
-            debug.check_values(name, **bound.arguments)
+            debug.check_values(name, bound.arguments)
         return fn(*args, **kwargs)
 
     return call
 
 
 def fake(name: str, fn: Callable[..., Any]) -> None:
-    """Register `fn` as the fake kernel of `fsa::name`; for a semantic operator the argument checks run first, as they do eagerly."""
+    """Register `fn` as the fake kernel of `fsa::name`, behind the argument checks if it is a semantic operator."""
     _verify_signature(name, fn)
-    if name in CHECKS:
-        check = CHECKS[name]
-
-        @functools.wraps(fn)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            check(*args, **kwargs)
-            return fn(*args, **kwargs)
-
-        torch.library.register_fake(f"fsa::{name}", call, lib=LIB)
-    else:
-        torch.library.register_fake(f"fsa::{name}", fn, lib=LIB)
+    torch.library.register_fake(f"fsa::{name}", _checked(name, fn, values=False), lib=LIB)
 
 
 for _schema in _SCHEMAS:

@@ -1,0 +1,236 @@
+"""The declarative checker: states the layout of each argument in the glossary's names and says what is wrong in those names.
+
+A name stands for one size wherever it appears. Sizes may be symbolic: comparing two of them guards on the relation that the operator needs
+anyway, and an unbacked one is taken on trust.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Union
+
+import torch
+from torch import SymInt, Tensor
+
+__all__ = ["LOOP_ORDERS", "MAX_HEAD_DIM", "Call", "Size", "compressed_length", "packed_compressed_length"]
+
+LOOP_ORDERS = ("auto", "fsa", "nsa")
+MAX_HEAD_DIM = 256
+MIN_BLOCK_SIZE = 16
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+Size = Union[int, SymInt]
+
+Q = ("batch", "seq_len", "num_q_heads", "head_dim")
+K = ("batch", "seq_len_k", "num_kv_heads", "head_dim")
+V = ("batch", "seq_len_k", "num_kv_heads", "head_dim_v")
+K_CMP = ("batch", "num_compressed", "num_kv_heads", "head_dim")
+V_CMP = ("batch", "num_compressed", "num_kv_heads", "head_dim_v")
+OUT = ("batch", "seq_len", "num_q_heads", "head_dim_v")
+ROWS = ("batch", "seq_len", "num_q_heads")
+BLOCKS = ("batch", "seq_len", "num_kv_heads", "num_selected")
+X = ("batch", "seq_len", "num_kv_heads", "head_dim")
+X_CMP = ("batch", "num_compressed", "num_kv_heads", "head_dim")
+
+
+def _true(condition: Any) -> bool:
+    """`bool(condition)`, but False where it hangs on an unbacked size."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
+def compressed_length(seq_len: Size, kernel_size: int, kernel_stride: int) -> Size:
+    """Number of compressed tokens of one sequence (SPEC stage 1)."""
+    length = (seq_len - kernel_size) // kernel_stride + 1
+    if not isinstance(seq_len, int):
+        from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+
+        if has_free_unbacked_symbols(seq_len):
+            return torch.sym_max(0, length)
+    return length if seq_len >= kernel_size else 0
+
+
+def packed_compressed_length(total_len: Size, kernel_stride: int) -> Size:
+    """Number of rows that hold the compressed tokens of packed sequences, padding included (SPEC stage 1)."""
+    return total_len // kernel_stride
+
+
+class Call:
+    """The arguments of one call, checked one after another; remembers which size each dimension name stands for."""
+
+    __slots__ = ("device", "dims", "dtype", "dtype_of", "op")
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.dims: dict[str, Size] = {}
+        self.dtype: torch.dtype | None = None
+        self.dtype_of = ""
+        self.device: torch.device | None = None
+
+    def fail(self, message: str) -> ValueError:
+        return ValueError(f"fsa::{self.op}: {message}")
+
+    def _layout(self, layout: tuple[str, ...]) -> str:
+        return "[" + ", ".join(f"{d}={self.dims[d]}" if d in self.dims else d for d in layout) + "]"
+
+    def _shaped(self, name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
+        shape = tensor.shape
+        if len(shape) != len(layout):
+            raise self.fail(
+                f"{name} has {len(shape)} dimensions, shape {tuple(shape)}, but it should have {len(layout)}: {self._layout(layout)}"
+            )
+        dims = self.dims
+        for dim, size in zip(layout, shape):
+            known = dims.get(dim)
+            if known is not None and _true(known != size):
+                raise self.fail(
+                    f"{name} has shape {tuple(shape)}, but it should be {self._layout(layout)} ({dim} is {size}, not {known})"
+                )
+        for dim, size in zip(layout, shape):
+            dims.setdefault(dim, size)
+        if self.device is None:
+            self.device = tensor.device
+        elif tensor.device != self.device:
+            raise self.fail(
+                f"{name} is on {tensor.device}, but it should be on {self.device}, where {self.dtype_of} is"
+            )
+
+    def data(self, name: str, tensor: Tensor | None, layout: tuple[str, ...]) -> None:
+        """A tensor of the call's one dtype; the first fixes dtype and device."""
+        if tensor is None:
+            return
+        dtype = tensor.dtype
+        if self.dtype is None:
+            if dtype not in _DTYPES:
+                raise TypeError(f"fsa::{self.op}: {name} is {dtype}, but it should be bfloat16, float16 or float32")
+            self.dtype, self.dtype_of = dtype, name
+        elif dtype is not self.dtype:
+            raise TypeError(
+                f"fsa::{self.op}: {name} is {dtype}, but it should be {self.dtype}, the dtype of {self.dtype_of}"
+            )
+        self._shaped(name, tensor, layout)
+
+    def typed(self, name: str, tensor: Tensor | None, layout: tuple[str, ...], dtype: torch.dtype) -> None:
+        """A tensor of a dtype of its own."""
+        if tensor is None:
+            return
+        if tensor.dtype is not dtype:
+            raise TypeError(f"fsa::{self.op}: {name} is {tensor.dtype}, but it should be {dtype}")
+        self._shaped(name, tensor, layout)
+
+    def gate(self, name: str, tensor: Tensor | None) -> None:
+        if tensor is None:
+            return
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"fsa::{self.op}: {name} is {tensor.dtype}, but it should be a floating dtype")
+        self._shaped(name, tensor, ROWS)
+
+    def heads(self) -> None:
+        """Grouped query heads, head dims the kernels can hold, no empty dimension, queries that are the last positions of the keys."""
+        dims = self.dims
+        for name in ("batch", "seq_len", "seq_len_k", "num_q_heads", "num_kv_heads", "head_dim", "head_dim_v"):
+            if name in dims and _true(dims[name] == 0):
+                raise self.fail(f"{name} is 0, but it should be at least 1")
+        num_q_heads, num_kv_heads = dims.get("num_q_heads", 1), dims["num_kv_heads"]
+        if "num_q_heads" in dims and _true(num_q_heads % num_kv_heads != 0):
+            raise self.fail(
+                f"q has {num_q_heads} heads and k has {num_kv_heads}, but num_q_heads should be a multiple of num_kv_heads"
+            )
+        for name in ("head_dim", "head_dim_v"):
+            if name in dims and _true(dims[name] > MAX_HEAD_DIM):
+                raise self.fail(f"{name} is {dims[name]}, but it should be at most {MAX_HEAD_DIM}")
+        if "seq_len_k" in dims and _true(dims["seq_len_k"] < dims["seq_len"]):
+            raise self.fail(
+                f"seq_len_k is {dims['seq_len_k']} and seq_len is {dims['seq_len']}, but the queries are the last positions of the "
+                "keys, so seq_len_k should be at least seq_len"
+            )
+
+    def lengths_k(self, seq_len_k: Size | None) -> None:
+        """`seq_len_k` of an operator that does not see the keys."""
+        self.dims["seq_len_k"] = self.dims["seq_len"] if seq_len_k is None else seq_len_k
+
+    def compressed(
+        self, kernel_size: int, kernel_stride: int, cu_seqlens: Tensor | None, of: str = "seq_len_k"
+    ) -> None:
+        """Fixes how many compressed tokens there are, from the length of the keys."""
+        length = self.dims[of]
+        self.dims["num_compressed"] = (
+            compressed_length(length, kernel_size, kernel_stride)
+            if cu_seqlens is None
+            else packed_compressed_length(length, kernel_stride)
+        )
+
+    def cu_seqlens(self, name: str, cu_seqlens: Tensor | None) -> None:
+        if cu_seqlens is None:
+            return
+        self.typed(name, cu_seqlens, ("num_seqs + 1",), torch.int32)
+        if _true(self.dims["num_seqs + 1"] < 2):
+            raise self.fail(
+                f"{name} has shape {tuple(cu_seqlens.shape)}, but it should be [num_seqs + 1] with num_seqs >= 1"
+            )
+        if _true(self.dims["batch"] != 1):
+            raise self.fail(
+                f"{name} is given and batch is {self.dims['batch']}, but packed sequences should have batch 1: [1, total_len, ...]"
+            )
+
+    def packed(
+        self, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_q: Size | None, max_k: Size | None
+    ) -> None:
+        if cu_seqlens_q is None and cu_seqlens_k is not None:
+            raise self.fail(
+                "cu_seqlens_k is given without cu_seqlens_q, but packed keys should come with packed queries"
+            )
+        for name, length in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
+            if length is not None and _true(length < 0):
+                raise self.fail(f"{name} is {length}, but it should not be negative")
+        if cu_seqlens_q is None:
+            return
+        self.cu_seqlens("cu_seqlens_q", cu_seqlens_q)
+        self.cu_seqlens("cu_seqlens_k", cu_seqlens_k)
+        if cu_seqlens_k is None and _true(self.dims["seq_len_k"] != self.dims["seq_len"]):
+            raise self.fail(
+                f"cu_seqlens_k is None, which means the queries' lengths, but there are {self.dims['seq_len']} queries and "
+                f"{self.dims['seq_len_k']} keys: it should be given"
+            )
+
+    def windows(self, kernel_size: int, kernel_stride: int) -> None:
+        if kernel_stride < 1:
+            raise self.fail(f"kernel_stride is {kernel_stride}, but it should be at least 1")
+        if kernel_size < 1 or kernel_size % kernel_stride:
+            raise self.fail(
+                f"kernel_size is {kernel_size}, but it should be a positive multiple of kernel_stride={kernel_stride}"
+            )
+
+    def block_size(self, block_size: int, kernel_stride: int | None = None) -> None:
+        if block_size < MIN_BLOCK_SIZE or block_size & (block_size - 1):
+            raise self.fail(
+                f"block_size is {block_size}, but it should be a power of two and at least {MIN_BLOCK_SIZE}"
+            )
+        if kernel_stride is not None and block_size % kernel_stride:
+            raise self.fail(f"kernel_stride is {kernel_stride}, but it should divide block_size={block_size}")
+
+    def selection(self, num_selected: int, init_blocks: int, local_blocks: int) -> None:
+        for name, count in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
+            if count < 0:
+                raise self.fail(f"{name} is {count}, but it should not be negative")
+        if num_selected < max(1, init_blocks + local_blocks):
+            raise self.fail(
+                f"num_selected is {num_selected}, but the forced blocks count towards it, so it should be at least "
+                f"init_blocks + local_blocks = {init_blocks + local_blocks} and at least 1"
+            )
+
+    def loop_order(self, loop_order: str) -> None:
+        if loop_order not in LOOP_ORDERS:
+            raise self.fail(
+                f"loop_order is {loop_order!r}, but it should be one of {', '.join(map(repr, LOOP_ORDERS))}"
+            )
+
+    def grads(self, grad_out: Tensor | None, grad_lse: Tensor | None) -> None:
+        self.data("grad_out", grad_out, OUT)
+        self.typed("grad_lse", grad_lse, ROWS, torch.float32)
+
+    def results(self, out: Tensor, lse: Tensor) -> None:
+        self.data("out", out, OUT)
+        self.typed("lse", lse, ROWS, torch.float32)

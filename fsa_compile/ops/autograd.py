@@ -1,0 +1,178 @@
+"""Forward and backward of the differentiable operators wired together, and autocast.
+
+A backward is an operator of its own, so that a compiler sees one node for it. `lse` is differentiable like any other result. Gradients that
+nobody asked for stay None instead of becoming zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import schema
+
+_AUTOGRAD_KEYS = torch._C._after_autograd_keyset
+
+# Results of an attention operator's forward, counted from the end of what its backward takes: grads, inputs, results.
+_NUM_ATTENTION_RESULTS = 2
+
+
+def _wanted(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _below(name: str) -> Callable[..., Any]:
+    """The operator past its autograd kernel."""
+    redispatch = getattr(torch.ops.fsa, name).default.redispatch
+
+    def call(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return redispatch(keyset & _AUTOGRAD_KEYS, *args, **kwargs)
+
+    return call
+
+
+def _split(
+    tensors: tuple[Tensor | None, ...], count: int
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    return tensors[:count], tensors[count:]
+
+
+def _differentiable(name: str) -> None:
+    """Register the autograd kernel of an attention operator: results (out, lse), backward (dq, dk, dv)."""
+    forward = _below(name)
+    backward_op = getattr(torch.ops.fsa, f"{name}_backward").default
+    num_results = _NUM_ATTENTION_RESULTS
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, options: dict[str, Any], *inputs: Tensor) -> Any:
+            results = forward(keyset, *inputs, **options)
+            tensors = {key: value for key, value in options.items() if isinstance(value, Tensor)}
+            ctx.save_for_backward(*inputs, *results, *tensors.values())
+            ctx.num_inputs, ctx.tensor_options = len(inputs), tuple(tensors)
+            ctx.options = {key: value for key, value in options.items() if key not in tensors}
+            ctx.set_materialize_grads(False)
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+            num_inputs = ctx.num_inputs
+            unused = (None,) * (num_inputs - 3)
+            if grad_out is None and grad_lse is None:
+                return None, None, None, None, None, *unused
+            saved, tensors = _split(ctx.saved_tensors, num_inputs + num_results)
+            options = {**ctx.options, **dict(zip(ctx.tensor_options, tensors))}
+            return None, None, *backward_op(grad_out, grad_lse, *saved, **options), *unused
+
+    Attention.__name__ = Attention.__qualname__ = f"fsa_{name}"
+
+    def kernel(keyset: Any, *inputs: Tensor, **options: Any) -> Any:
+        if _wanted(inputs):
+            return Attention.apply(keyset, options, *inputs)
+        return forward(keyset, *inputs, **options)
+
+    schema.LIB.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _differentiable_mean() -> None:
+    forward = _below("mean_compress")
+    backward_op = torch.ops.fsa.mean_compress_backward.default
+
+    class MeanCompress(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, x: Tensor, options: dict[str, Any], cu_seqlens: Tensor | None) -> Tensor:
+            ctx.options, ctx.seq_len = options, x.shape[1]
+            ctx.save_for_backward(cu_seqlens)
+            ctx.set_materialize_grads(False)
+            return forward(keyset, x, **options, cu_seqlens=cu_seqlens)
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor | None) -> Any:
+            if grad_out is None:
+                return None, None, None, None
+            (cu_seqlens,) = ctx.saved_tensors
+            dx = backward_op(grad_out, seq_len=ctx.seq_len, **ctx.options, cu_seqlens=cu_seqlens)
+            return None, dx, None, None
+
+    def kernel(
+        keyset: Any, x: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        options = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
+        if _wanted((x,)):
+            return MeanCompress.apply(keyset, x, options, cu_seqlens)
+        return forward(keyset, x, **options, cu_seqlens=cu_seqlens)
+
+    schema.LIB.impl("mean_compress", kernel, "Autograd", with_keyset=True)
+
+
+def _not_differentiable(name: str, why: str) -> None:
+    """Register an autograd kernel that computes, and raises once somebody differentiates through the result."""
+    forward = _below(name)
+
+    class NotDifferentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, options: dict[str, Any], *inputs: Tensor | None) -> Any:
+            return forward(keyset, *inputs, **options)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            raise RuntimeError(f"fsa::{name} is not differentiable: {why}")
+
+    def kernel(keyset: Any, *inputs: Tensor | None, **options: Any) -> Any:
+        if _wanted(inputs):
+            return NotDifferentiable.apply(keyset, options, *inputs)
+        return forward(keyset, *inputs, **options)
+
+    schema.LIB.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _selection() -> None:
+    """Block ids carry no gradient, whatever they were computed from."""
+    schema.LIB.impl("select_blocks", _below("select_blocks"), "Autograd", with_keyset=True)
+
+
+# Neither gates nor `lse` nor indices: SPEC keeps those as they are given.
+_AUTOCAST_ARGUMENTS = frozenset(("q", "k", "v", "k_cmp", "v_cmp", "x"))
+
+
+def _autocast(name: str, device_type: str, key: str) -> None:
+    """Register a kernel that casts the data to the autocast dtype, as a matmul does."""
+    op = getattr(torch.ops.fsa, name).default
+    cast_positions = [
+        i for i, a in enumerate(op._schema.arguments) if a.name in _AUTOCAST_ARGUMENTS and not a.kwarg_only
+    ]
+    cast_keywords = [a.name for a in op._schema.arguments if a.name in _AUTOCAST_ARGUMENTS and a.kwarg_only]
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(x: Any, dtype: torch.dtype) -> Any:
+        eligible = isinstance(x, Tensor) and x.device.type == device_type and x.is_floating_point()
+        return x.to(dtype) if eligible and x.dtype is not torch.float64 else x
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        new = list(args)
+        for i in cast_positions:
+            new[i] = cast(new[i], dtype)
+        for keyword in cast_keywords:
+            if keyword in kwargs:
+                kwargs[keyword] = cast(kwargs[keyword], dtype)
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return op(*new, **kwargs)
+
+    schema.LIB.impl(name, kernel, key)
+
+
+for _name in schema.DIFFERENTIABLE_OPS:
+    if _name != "mean_compress":
+        _differentiable(_name)
+_differentiable_mean()
+_selection()
+for _name in schema.BACKWARD_OPS:
+    _not_differentiable(_name, "there is no second derivative of sparse attention, so no create_graph=True through it")
+for _name in ("nsa_attention", "select_blocks", *schema.DIFFERENTIABLE_OPS):
+    _autocast(_name, "cpu", "AutocastCPU")
+    _autocast(_name, "cuda", "AutocastCUDA")

@@ -1,0 +1,327 @@
+"""The specification in plain PyTorch: the oracle for every other implementation, never the fast path.
+
+It materialises every score and loops over packed sequences on the host. Any floating dtype works, float64 included; gradients come from
+plain autograd. Products are in the inputs' dtype and softmax in at least float32, as eager attention is usually written, so at a 16-bit
+dtype it is also the measure of what plain PyTorch loses there. Arguments are those of the operators of the same name, but `lse` has the
+dtype of the softmax.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "compressed_attention",
+    "mean_compress",
+    "nsa_attention",
+    "select_blocks",
+    "selected_attention",
+    "sliding_window_attention",
+]
+
+
+def mean_compress(
+    x: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Stage 1: the mean of each window of `kernel_size` tokens, `kernel_stride` apart. x: [B, T, H, D] -> [B, NC, H, D]."""
+    if cu_seqlens is not None:
+        out = x.new_zeros(1, x.shape[1] // kernel_stride, *x.shape[2:])
+        for start, stop in _sequences(cu_seqlens):
+            part = mean_compress(x[:, start:stop], kernel_size=kernel_size, kernel_stride=kernel_stride)
+            first = start // kernel_stride
+            out = _write(out, first, part)
+        return out
+    if x.shape[1] < kernel_size:
+        return x[:, :0] * 1
+    windows = x.unfold(1, kernel_size, kernel_stride)  # [B, NC, H, D, kernel_size]
+    return windows.to(_softmax_dtype(x)).mean(-1).to(x.dtype)
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    *,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    seq_len_k: int | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Stage 2: attention over the compressed tokens whose whole window is in the past."""
+    options = {"kernel_size": kernel_size, "kernel_stride": kernel_stride, "scale": scale}
+    if cu_seqlens_q is not None:
+        parts = [
+            compressed_attention(q[:, rows], k_cmp[:, windows], v_cmp[:, windows], seq_len_k=len_k, **options)  # type: ignore[arg-type]
+            for rows, windows, len_k in _packed_compressed(cu_seqlens_q, cu_seqlens_k, kernel_size, kernel_stride)
+        ]
+        return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
+    length = q.shape[1] if seq_len_k is None else seq_len_k
+    visible = _visible_windows(q, k_cmp, length, kernel_size, kernel_stride)
+    return _attention(q, k_cmp, v_cmp, visible, scale)
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    *,
+    block_size: int = 64,
+    num_selected: int = 16,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    seq_len_k: int | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> Tensor:
+    """Stage 3: the forced blocks and then those with the highest scores, ascending, -1 filling the end. [B, T, HK, S] int32."""
+    options = {
+        "block_size": block_size, "num_selected": num_selected, "kernel_size": kernel_size, "kernel_stride": kernel_stride,
+        "init_blocks": init_blocks, "local_blocks": local_blocks, "scale": scale,
+    }  # fmt: skip
+    if cu_seqlens_q is not None:
+        return torch.cat(
+            [
+                select_blocks(q[:, rows], k_cmp[:, windows], lse[:, rows], seq_len_k=len_k, **options)  # type: ignore[arg-type]
+                for rows, windows, len_k in _packed_compressed(cu_seqlens_q, cu_seqlens_k, kernel_size, kernel_stride)
+            ],
+            1,
+        )
+    length = q.shape[1] if seq_len_k is None else seq_len_k
+    score = block_scores(
+        q,
+        k_cmp,
+        lse,
+        block_size=block_size,
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        seq_len_k=length,
+        scale=scale,
+    )
+    block = torch.arange(score.shape[-1], device=q.device)
+    current = (_positions(q, length) // block_size)[:, None, None]  # [T, 1, 1]
+    forced = (block < init_blocks) | (block > current - local_blocks)
+    score = score.masked_fill(forced, torch.inf).masked_fill(block > current, -torch.inf)
+    score, order = score.sort(-1, descending=True, stable=True)  # stable: ties to the lower block id
+    score, order = score[..., :num_selected], order[..., :num_selected]
+    last = score.shape[-1]  # sorts behind every block
+    chosen = torch.where(score == -torch.inf, block.numel(), order).sort(-1).values
+    chosen = torch.where(chosen == block.numel(), -1, chosen)
+    return F.pad(chosen, (0, num_selected - last), value=-1).to(torch.int32)
+
+
+def block_scores(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    *,
+    block_size: int = 64,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    seq_len_k: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Scores of the blocks of one batch of unpacked sequences, nothing forced or masked: [B, T, HK, ceil(Tk / block_size)]."""
+    batch, seq_len, _, _ = q.shape
+    num_compressed, num_kv_heads = k_cmp.shape[1:3]
+    length = seq_len if seq_len_k is None else seq_len_k
+    visible = _visible_windows(q, k_cmp, length, kernel_size, kernel_stride)
+    logits = _logits(q, k_cmp, scale).masked_fill(~visible, -torch.inf)  # [B, T, HQ, NC]
+    lse = lse.to(logits.dtype).masked_fill(lse == -torch.inf, 0)  # such a row sees nothing: exp(-inf - 0) = 0
+    p = (logits - lse[..., None]).exp()
+    group = p.view(batch, seq_len, num_kv_heads, -1, num_compressed).sum(3)  # [B, T, HK, NC]
+    steps, overlap = block_size // kernel_stride, kernel_size // kernel_stride
+    num_blocks = -(-length // block_size)
+    group = F.pad(group, (overlap - 1, max(0, steps * num_blocks - num_compressed)))
+    score = torch.zeros_like(group[..., : num_blocks * steps : steps])
+    for m in range(steps):
+        for n in range(overlap):
+            score = score + group[..., m + n :][..., : num_blocks * steps : steps]
+    return score
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    block_size: int = 64,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    loop_order: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Stage 4: exact attention over the tokens of the selected blocks that are not in the future."""
+    if cu_seqlens_q is not None:
+        parts = [
+            selected_attention(
+                q[:, rows], k[:, cols], v[:, cols], block_indices[:, rows], block_size=block_size, scale=scale
+            )
+            for rows, cols in _packed(cu_seqlens_q, cu_seqlens_k)
+        ]
+        return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
+    num_blocks = -(-k.shape[1] // block_size)
+    ids = block_indices.long()
+    ids = torch.where(
+        (ids < 0) | (ids >= num_blocks), num_blocks, ids
+    )  # -1 and ids out of range: a column cut off below
+    selected = torch.zeros(*ids.shape[:-1], num_blocks + 1, dtype=torch.bool, device=q.device)
+    selected = selected.scatter(-1, ids, True)[..., :num_blocks]  # [B, T, HK, NB]
+    key = torch.arange(k.shape[1], device=q.device)
+    visible = selected[..., key // block_size]  # [B, T, HK, Tk]
+    visible = visible & (key <= _positions(q, k.shape[1])[:, None])[:, None]
+    return _attention(q, k, v, visible.repeat_interleave(q.shape[2] // k.shape[2], 2), scale)
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window_size: int,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The window branch: attention over the query's own key and the `window_size - 1` keys before it."""
+    if cu_seqlens_q is not None:
+        parts = [
+            sliding_window_attention(q[:, rows], k[:, cols], v[:, cols], window_size=window_size, scale=scale)
+            for rows, cols in _packed(cu_seqlens_q, cu_seqlens_k)
+        ]
+        return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
+    key = torch.arange(k.shape[1], device=q.device)
+    position = _positions(q, k.shape[1])[:, None]
+    visible = (key <= position) & (key > position - window_size)  # [T, Tk]
+    return _attention(q, k, v, visible[:, None], scale)
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_cmp: Tensor | None = None,
+    g_slc: Tensor | None = None,
+    g_swa: Tensor | None = None,
+    *,
+    k_cmp: Tensor | None = None,
+    v_cmp: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    block_size: int = 64,
+    num_selected: int = 16,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    window_size: int = 512,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    loop_order: str = "auto",
+) -> Tensor:
+    """All four stages and the gates: `g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa`."""
+    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "scale": scale}
+    windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
+    cu_seqlens = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    if k_cmp is None:
+        k_cmp = mean_compress(k, **windows, cu_seqlens=cu_seqlens)
+    if v_cmp is None:
+        v_cmp = mean_compress(v, **windows, cu_seqlens=cu_seqlens)
+    o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, **windows, seq_len_k=k.shape[1], **packed)  # type: ignore[arg-type]
+    if block_indices is None:
+        with torch.no_grad():
+            block_indices = select_blocks(
+                q, k_cmp, lse, block_size=block_size, num_selected=num_selected, init_blocks=init_blocks,
+                local_blocks=local_blocks, seq_len_k=k.shape[1], **windows, **packed,  # type: ignore[arg-type]
+            )  # fmt: skip
+    o_slc, _ = selected_attention(q, k, v, block_indices, block_size=block_size, **packed)  # type: ignore[arg-type]
+    total = o_slc if g_slc is None else g_slc[..., None] * o_slc
+    if g_cmp is not None:
+        total = total + g_cmp[..., None] * o_cmp
+    if g_swa is not None and window_size > 0:
+        o_swa, _ = sliding_window_attention(q, k, v, window_size=window_size, **packed)  # type: ignore[arg-type]
+        total = total + g_swa[..., None] * o_swa
+    return total.to(q.dtype)
+
+
+def _softmax_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _logits(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """[B, T, HQ, Tk]: query head h against key head h // G."""
+    group_size = q.shape[2] // k.shape[2]
+    logits = torch.einsum("bthd,bkhd->bthk", q, k.repeat_interleave(group_size, 2))
+    return logits.to(_softmax_dtype(q)) * (q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the visible keys, `visible` broadcasting to [B, T, HQ, Tk]. A row that sees none: output 0, lse -inf."""
+    logits = _logits(q, k, scale).masked_fill(~visible, -torch.inf)
+    values = v.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    if k.shape[1] == 0:  # amax of nothing is an error
+        return torch.einsum("bthk,bkhd->bthd", logits.to(v.dtype), values), logits.sum(-1) - torch.inf
+    highest = logits.detach().amax(-1, keepdim=True)
+    empty = highest == -torch.inf
+    weights = (logits - highest.masked_fill(empty, 0)).exp()
+    total = weights.sum(-1, keepdim=True).masked_fill(empty, 1)  # 1: neither the division nor the logarithm meets a 0
+    out = torch.einsum("bthk,bkhd->bthd", (weights / total).to(v.dtype), values)
+    lse = (highest.masked_fill(empty, 0) + total.log()).masked_fill(empty, -torch.inf)
+    return out, lse[..., 0]
+
+
+def _positions(q: Tensor, seq_len_k: int) -> Tensor:
+    """Position of each query: the queries are the last ones of the sequence."""
+    return torch.arange(seq_len_k - q.shape[1], seq_len_k, device=q.device)
+
+
+def _visible_windows(q: Tensor, k_cmp: Tensor, seq_len_k: int, kernel_size: int, kernel_stride: int) -> Tensor:
+    """[T, 1, NC]: whether compressed token i ends at or before position t."""
+    end = torch.arange(k_cmp.shape[1], device=q.device) * kernel_stride + kernel_size - 1
+    return (end <= _positions(q, seq_len_k)[:, None])[:, None]
+
+
+def _sequences(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    bounds = cu_seqlens.tolist()
+    return list(zip(bounds[:-1], bounds[1:]))
+
+
+def _packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> list[tuple[slice, slice]]:
+    """The rows of the queries and of the keys of each sequence."""
+    keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    return [(slice(*q), slice(*k)) for q, k in zip(_sequences(cu_seqlens_q), _sequences(keys))]
+
+
+def _packed_compressed(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, kernel_size: int, kernel_stride: int
+) -> list[tuple[slice, slice, int]]:
+    """The rows of the queries and of the compressed tokens of each sequence, and how many keys it has."""
+    sequences = []
+    for rows, cols in _packed(cu_seqlens_q, cu_seqlens_k):
+        length = cols.stop - cols.start
+        first = cols.start // kernel_stride
+        count = max(0, (length - kernel_size) // kernel_stride + 1)
+        sequences.append((rows, slice(first, first + count), length))
+    return sequences
+
+
+def _write(x: Tensor, first: int, part: Tensor) -> Tensor:
+    """`x` with `part` added from row `first` on; out of place, for autograd."""
+    return x + F.pad(part, (0, 0, 0, 0, first, x.shape[1] - first - part.shape[1]))
