@@ -1,0 +1,106 @@
+"""FSA loop order, forward, second step: merge a row's partials by log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import Meta, PartialShape, Tables, next_power_of_2
+from .lists import partial_slots
+from .tiles import finite_max, is_visible, load_tile, store_tile
+
+
+@triton.jit
+def merge_partials_tile(
+    partial_out_ptr, partial_lse_ptr, block_indices_ptr, rows, num_rows,
+    seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
+    PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    NUM_SELECTED: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Merged ``(out [BLOCK_R, BLOCK_DV], lse [BLOCK_R])``, float32, of BLOCK_R output rows (int64 ``rows``).
+
+    A slot whose block is not visible was never written, so its partial is not read.
+    """
+    exists, pos, slots, g = partial_slots(
+        rows, num_rows, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
+        PACKED, NUM_KV_HEADS, GROUP, NUM_SELECTED,
+    )  # fmt: skip
+    row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_R], tl.float32)
+    for i in range(NUM_SELECTED * NUM_CHUNKS):
+        block = tl.load(block_indices_ptr + slots + i // NUM_CHUNKS)
+        seen = exists & is_visible(block, pos, BLOCK_SIZE)
+        partial = (slots * NUM_CHUNKS + i) * GROUP + g
+        lse = tl.load(partial_lse_ptr + partial, mask=seen, other=float("-inf"))
+        new_max = tl.maximum(row_max, lse)
+        shift = finite_max(new_max)
+        row_sum = row_sum * tl.exp(row_max - shift) + tl.exp(lse - shift)
+        row_max = new_max
+    lse_out = tl.where(row_sum > 0, row_max + tl.log(tl.where(row_sum > 0, row_sum, 1.0)), float("-inf"))
+    shift = tl.where(row_sum > 0, lse_out, 0.0)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    for i in range(NUM_SELECTED * NUM_CHUNKS):
+        block = tl.load(block_indices_ptr + slots + i // NUM_CHUNKS)
+        seen = exists & is_visible(block, pos, BLOCK_SIZE)
+        partial = (slots * NUM_CHUNKS + i) * GROUP + g
+        lse = tl.load(partial_lse_ptr + partial, mask=seen, other=float("-inf"))
+        out = load_tile(partial_out_ptr, partial * HEAD_DIM_V, seen, HEAD_DIM_V, BLOCK_DV)
+        acc += tl.exp(lse - shift)[:, None] * out.to(tl.float32)
+    return acc, lse_out
+
+
+@triton.jit
+def merge_partials_kernel(
+    partial_out_ptr, partial_lse_ptr, block_indices_ptr, out_ptr, lse_ptr, num_rows,
+    seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
+    PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    NUM_SELECTED: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    out, lse = merge_partials_tile(
+        partial_out_ptr, partial_lse_ptr, block_indices_ptr, rows, num_rows,
+        seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
+        PACKED, NUM_KV_HEADS, GROUP, HEAD_DIM_V, NUM_SELECTED, NUM_CHUNKS, BLOCK_SIZE, BLOCK_R, BLOCK_DV,
+    )  # fmt: skip
+    tl.store(lse_ptr + rows, lse, mask=rows < num_rows)
+    store_tile(out_ptr, rows * HEAD_DIM_V, rows < num_rows, out, HEAD_DIM_V, BLOCK_DV)
+
+
+def meta(shape: PartialShape, packed: bool) -> Meta:
+    """Compile-time constants and launch options."""
+    block_dv = max(16, next_power_of_2(shape.head_dim))
+    return {
+        "PACKED": packed,
+        "NUM_KV_HEADS": shape.num_kv_heads,
+        "GROUP": shape.group,
+        "HEAD_DIM_V": shape.head_dim,
+        "NUM_SELECTED": shape.num_selected,
+        "NUM_CHUNKS": shape.num_chunks,
+        "BLOCK_SIZE": shape.block_size,
+        "BLOCK_R": max(1, 2048 // block_dv),
+        "BLOCK_DV": block_dv,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def launch(
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    block_indices: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tables: Tables,
+    seq_len_k: int,
+    block_size: int,
+) -> None:
+    """Fill ``out`` ``[B, T, HQ, DV]`` and ``lse`` ``[B, T, HQ]`` from the partials of ``selected_fwd_kv_outer``."""
+    constants = meta(PartialShape.of(partial_out, block_size), tables[0] is not None)
+    num_rows = lse.numel()
+    if num_rows:
+        merge_partials_kernel[(triton.cdiv(num_rows, constants["BLOCK_R"]),)](
+            partial_out, partial_lse, block_indices, out, lse, num_rows, out.shape[1], seq_len_k, *tables, **constants
+        )

@@ -1,0 +1,81 @@
+"""Device functions shared by every kernel of the selected branch.
+
+Rows of the flattened query axis are numbered ``n = b * seq_len + t`` (batched) or by token (packed). An *entry* is one
+(row, key/value head, slot) of ``block_indices``, numbered in row-major order. Offsets that can pass 2**31 are int64.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def sequence_of(n, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, PACKED: tl.constexpr):
+    """The sequence that row ``n`` (scalar or tile) belongs to.
+
+    Returns ``(b, first_row, first_pos, first_key, len_k)``: the batch index; ``t = n - first_row`` on the time axis; the
+    position ``pos = n - first_pos`` among the sequence's keys; the key row at which the sequence starts; how many keys it has.
+    """
+    if PACKED:
+        seq = tl.load(seq_ids_ptr + n)
+        first_query = tl.load(cu_seqlens_q_ptr + seq)
+        last_query = tl.load(cu_seqlens_q_ptr + seq + 1)
+        first_key = tl.load(cu_seqlens_k_ptr + seq)
+        last_key = tl.load(cu_seqlens_k_ptr + seq + 1)
+        len_k = last_key - first_key
+        b = seq * 0
+        first_row = seq * 0
+        first_pos = first_query - (len_k - (last_query - first_query))
+    else:
+        b = n // seq_len
+        first_row = b * seq_len
+        first_pos = first_row - (seq_len_k - seq_len)
+        first_key = b * 0
+        len_k = b * 0 + seq_len_k
+    return b, first_row, first_pos, first_key, len_k
+
+
+@triton.jit
+def is_visible(block, pos, BLOCK_SIZE: tl.constexpr):
+    """Whether a block id names a block that the query at ``pos`` may read: not padding, not in the future, in range."""
+    return (block >= 0) & (block <= pos // BLOCK_SIZE)
+
+
+@triton.jit
+def load_tile(ptr, rows, row_mask, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Rows of a matrix whose last axis is contiguous: ``ptr + rows[:, None] + arange(BLOCK_W)``."""  # [ROWS, BLOCK_W]
+    cols = tl.arange(0, BLOCK_W)
+    mask = row_mask[:, None]
+    if BLOCK_W != WIDTH:
+        mask = mask & (cols < WIDTH)[None, :]
+    return tl.load(ptr + (rows[:, None] + cols[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, rows, row_mask, value, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The counterpart of ``load_tile``."""
+    cols = tl.arange(0, BLOCK_W)
+    mask = row_mask[:, None]
+    if BLOCK_W != WIDTH:
+        mask = mask & (cols < WIDTH)[None, :]
+    tl.store(ptr + (rows[:, None] + cols[None, :]), value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b):
+    """Matrix product with float32 accumulation; float32 operands are not rounded to tf32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def finite_max(row_max):
+    """A row maximum that can be subtracted: 0 where no key was visible, so that ``-inf - max`` stays ``-inf``."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@triton.jit
+def log_sum_exp(row_max, row_sum):
+    """Natural log-sum-exp from a base-2 running maximum and sum; ``-inf`` for a row with no visible key."""
+    return tl.where(row_sum > 0, (row_max + tl.log2(tl.where(row_sum > 0, row_sum, 1.0))) * LN2, float("-inf"))
