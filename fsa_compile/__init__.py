@@ -1,4 +1,4 @@
-"""Native Sparse Attention under `torch.compile`. Importing this package registers `torch.ops.fsa` and switches the pass on."""
+"""Native Sparse Attention under `torch.compile`. Importing it registers `torch.ops.fsa` and switches the pass on."""
 
 from __future__ import annotations
 

@@ -2,19 +2,21 @@
 
 Conventions shared by all of them:
 
-- Layout is `[batch, seq_len, heads, head_dim]`, contiguous or not; q, k, v and what is compressed from them share one of
-  bfloat16, float16 and float32. `num_q_heads` is a multiple of `num_kv_heads`; query head `h` reads key/value head
+- Layout is `[batch, seq_len, heads, head_dim]`, contiguous or not; q, k, v and what is compressed from them share one
+  of bfloat16, float16 and float32. `num_q_heads` is a multiple of `num_kv_heads`; query head `h` reads key/value head
   `h // gqa_group_size`. Head dims are at most 256, multiples of 16 are fast. Softmax and sums are in float32.
 - The queries are the last `seq_len` of `seq_len_k >= seq_len` positions.
-- Packed sequences have batch 1, `[1, total_len, heads, head_dim]`, and `cu_seqlens_q` int32 `[num_seqs + 1]` on the same
-  device, the starts of the sequences and the total length; `cu_seqlens_k` likewise, if the keys' lengths are others.
-  `max_seqlen_q` and `max_seqlen_k` are optional upper bounds in tokens. Positions and block ids restart at each sequence.
+- Packed sequences have batch 1, `[1, total_len, heads, head_dim]`, and `cu_seqlens_q` int32 `[num_seqs + 1]` on the
+  same device, the starts of the sequences and the total length; `cu_seqlens_k` likewise, if the keys' lengths differ.
+  `max_seqlen_q` and `max_seqlen_k` are optional upper bounds in tokens. Positions and block ids restart at each
+  sequence.
 - `scale` multiplies the logits; None means `head_dim ** -0.5`.
 - `lse` is the natural log-sum-exp of a row's logits, float32. A row that sees no key has output 0 and lse -inf.
-- `loop_order`: "fsa" iterates over key blocks outside and queries inside, "nsa" the other way round, "auto" takes the one
-  that a cost model predicts to be faster. The result is the same up to rounding.
-- Shapes, devices and options that do not fit raise ValueError, dtypes TypeError, before anything runs, and equally under
-  `torch.compile`. What only the device knows, such as a block id out of range, is checked under `debug.validate(True)`.
+- `loop_order`: "fsa" iterates over key blocks outside and queries inside, "nsa" the other way round, "auto" takes the
+  one that a cost model predicts to be faster. The result is the same up to rounding.
+- Shapes, devices and options that do not fit raise ValueError, dtypes TypeError, before anything runs, and equally
+  under `torch.compile`. What only the device knows, such as a block id out of range, is checked under
+  `debug.validate(True)`.
 
 Sources: NSA, "Native Sparse Attention", arXiv 2502.11089; FSA, "Flash Sparse Attention", arXiv 2508.18224.
 """
@@ -254,8 +256,8 @@ def select_blocks(
         scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: see the module, in uncompressed tokens.
 
     Returns:
-        block_indices: (batch, seq_len, num_kv_heads, num_selected), int32, ascending, -1 filling the end where there are
-        fewer blocks up to the query's own.
+        block_indices: (batch, seq_len, num_kv_heads, num_selected), int32, ascending, -1 filling the end where there
+        are fewer blocks up to the query's own.
 
     Raises:
         ValueError: a shape, device or option does not fit.
@@ -325,9 +327,9 @@ def sliding_window_attention(
 def mean_compress(
     x: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The mean of each window of keys or values: token `i` covers `[i * kernel_stride, i * kernel_stride + kernel_size)`.
+    """The mean of each window of keys or values, the simplest compression of NSA's equation 7. Differentiable.
 
-    The simplest compression of NSA's equation 7. Differentiable.
+    Compressed token `i` covers tokens `[i * kernel_stride, i * kernel_stride + kernel_size)`.
 
     Args:
         x: (batch, seq_len, num_kv_heads, head_dim), bf16/fp16/fp32.

@@ -45,8 +45,8 @@ def check_values(op: str, arguments: Mapping[str, Any]) -> None:
             length, length_k = cu_seqlens[i + 1] - cu_seqlens[i], cu_seqlens_k[i + 1] - cu_seqlens_k[i]
             if length > length_k:
                 raise ValueError(
-                    f"fsa::{op}: sequence {i} has {length} queries in cu_seqlens_q and {length_k} keys in cu_seqlens_k, "
-                    "but it should have at least as many keys"
+                    f"fsa::{op}: sequence {i} has {length} queries in cu_seqlens_q and {length_k} keys in "
+                    "cu_seqlens_k, but it should have at least as many keys"
                 )
     block_indices = arguments.get("block_indices")
     if block_indices is None:

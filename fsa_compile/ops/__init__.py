@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+from contextlib import suppress
 
 from . import autograd as autograd
 from . import composite as composite
@@ -11,5 +11,5 @@ from . import fakes as fakes
 from . import schema as schema
 
 for _name in ("dense", "cpu", "loop_order", "cuda"):
-    if importlib.util.find_spec(f"{__name__}.{_name}") is not None:
+    with suppress(ImportError):
         importlib.import_module(f"{__name__}.{_name}")

@@ -1,12 +1,12 @@
-"""The declarative checker: states the layout of each argument in the glossary's names and says what is wrong in those names.
+"""The declarative checker: says how each argument should look, and what is wrong, in the glossary's names.
 
-A name stands for one size wherever it appears. Sizes may be symbolic: comparing two of them guards on the relation that the operator needs
-anyway, and an unbacked one is taken on trust.
+A name stands for one size wherever it appears. Sizes may be symbolic: comparing two of them guards on the relation
+that the operator needs anyway, and an unbacked one is taken on trust.
 """
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch import SymInt, Tensor
@@ -18,7 +18,7 @@ MAX_HEAD_DIM = 256
 MIN_BLOCK_SIZE = 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-Size = Union[int, SymInt]
+Size: TypeAlias = int | SymInt
 
 Q = ("batch", "seq_len", "num_q_heads", "head_dim")
 K = ("batch", "seq_len_k", "num_kv_heads", "head_dim")
@@ -79,16 +79,18 @@ class Call:
         shape = tensor.shape
         if len(shape) != len(layout):
             raise self.fail(
-                f"{name} has {len(shape)} dimensions, shape {tuple(shape)}, but it should have {len(layout)}: {self._layout(layout)}"
+                f"{name} has {len(shape)} dimensions, shape {tuple(shape)}, "
+                f"but it should have {len(layout)}: {self._layout(layout)}"
             )
         dims = self.dims
-        for dim, size in zip(layout, shape):
+        for dim, size in zip(layout, shape, strict=True):
             known = dims.get(dim)
             if known is not None and _true(known != size):
                 raise self.fail(
-                    f"{name} has shape {tuple(shape)}, but it should be {self._layout(layout)} ({dim} is {size}, not {known})"
+                    f"{name} has shape {tuple(shape)}, but it should be {self._layout(layout)} "
+                    f"({dim} is {size}, not {known})"
                 )
-        for dim, size in zip(layout, shape):
+        for dim, size in zip(layout, shape, strict=True):
             dims.setdefault(dim, size)
         if self.device is None:
             self.device = tensor.device
@@ -128,23 +130,25 @@ class Call:
         self._shaped(name, tensor, ROWS)
 
     def heads(self) -> None:
-        """Grouped query heads, head dims the kernels can hold, no empty dimension, queries that are the last positions of the keys."""
+        """Grouped query heads, bounded head dims, no empty dimension, no more queries than keys."""
         dims = self.dims
         for name in ("batch", "seq_len", "seq_len_k", "num_q_heads", "num_kv_heads", "head_dim", "head_dim_v"):
             if name in dims and _true(dims[name] == 0):
                 raise self.fail(f"{name} is 0, but it should be at least 1")
-        num_q_heads, num_kv_heads = dims.get("num_q_heads", 1), dims["num_kv_heads"]
-        if "num_q_heads" in dims and _true(num_q_heads % num_kv_heads != 0):
+        num_q_heads: Any = dims.get("num_q_heads")
+        num_kv_heads: Any = dims["num_kv_heads"]
+        if num_q_heads is not None and _true(num_q_heads % num_kv_heads != 0):
             raise self.fail(
-                f"q has {num_q_heads} heads and k has {num_kv_heads}, but num_q_heads should be a multiple of num_kv_heads"
+                f"num_q_heads is {num_q_heads} and num_kv_heads is {num_kv_heads}, "
+                "but num_q_heads should be a multiple of num_kv_heads"
             )
         for name in ("head_dim", "head_dim_v"):
             if name in dims and _true(dims[name] > MAX_HEAD_DIM):
                 raise self.fail(f"{name} is {dims[name]}, but it should be at most {MAX_HEAD_DIM}")
         if "seq_len_k" in dims and _true(dims["seq_len_k"] < dims["seq_len"]):
             raise self.fail(
-                f"seq_len_k is {dims['seq_len_k']} and seq_len is {dims['seq_len']}, but the queries are the last positions of the "
-                "keys, so seq_len_k should be at least seq_len"
+                f"seq_len_k is {dims['seq_len_k']} and seq_len is {dims['seq_len']}, "
+                "but the queries are the last positions of the keys, so seq_len_k should be at least seq_len"
             )
 
     def lengths_k(self, seq_len_k: Size | None) -> None:
@@ -172,7 +176,8 @@ class Call:
             )
         if _true(self.dims["batch"] != 1):
             raise self.fail(
-                f"{name} is given and batch is {self.dims['batch']}, but packed sequences should have batch 1: [1, total_len, ...]"
+                f"{name} is given and batch is {self.dims['batch']}, "
+                "but packed sequences should have batch 1: [1, total_len, ...]"
             )
 
     def packed(
@@ -191,8 +196,8 @@ class Call:
         self.cu_seqlens("cu_seqlens_k", cu_seqlens_k)
         if cu_seqlens_k is None and _true(self.dims["seq_len_k"] != self.dims["seq_len"]):
             raise self.fail(
-                f"cu_seqlens_k is None, which means the queries' lengths, but there are {self.dims['seq_len']} queries and "
-                f"{self.dims['seq_len_k']} keys: it should be given"
+                "cu_seqlens_k is None, which means the queries' lengths, but it should be given, as there are "
+                f"{self.dims['seq_len']} queries and {self.dims['seq_len_k']} keys"
             )
 
     def windows(self, kernel_size: int, kernel_stride: int) -> None:

@@ -1,7 +1,7 @@
 """Forward and backward of the differentiable operators wired together, and autocast.
 
-A backward is an operator of its own, so that a compiler sees one node for it. `lse` is differentiable like any other result. Gradients that
-nobody asked for stay None instead of becoming zeros.
+A backward is an operator of its own, so that a compiler sees one node for it. `lse` is differentiable like any other
+result. Gradients that nobody asked for stay None instead of becoming zeros.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _differentiable(name: str) -> None:
             if grad_out is None and grad_lse is None:
                 return None, None, None, None, None, *unused
             saved, tensors = _split(ctx.saved_tensors, num_inputs + num_results)
-            options = {**ctx.options, **dict(zip(ctx.tensor_options, tensors))}
+            options = {**ctx.options, **dict(zip(ctx.tensor_options, tensors, strict=True))}
             return None, None, *backward_op(grad_out, grad_lse, *saved, **options), *unused
 
     Attention.__name__ = Attention.__qualname__ = f"fsa_{name}"

@@ -1,7 +1,7 @@
 """What every `fsa` operator accepts. The eager implementations and the fake kernels run these same checks.
 
-ValueError is for shapes, devices and options, TypeError for dtypes; each names the operator and the argument, says what it had and what it
-should be. Each check has its operator's argument names, kinds and defaults.
+ValueError is for shapes, devices and options, TypeError for dtypes; each names the operator and the argument, says
+what it had and what it should be. Each check has its operator's argument names, kinds and defaults.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`nsa_attention` out of its stages.
 
-It is CompositeImplicitAutograd, as ATen's scaled_dot_product_attention is: the dispatcher replaces the call by the stage operators, whose
-backwards exist, and by plain pointwise operators for the gates, which a compiler can fuse into the stages.
+It is CompositeImplicitAutograd, as ATen's scaled_dot_product_attention is: the dispatcher replaces the call by the
+stage operators, whose backwards exist, and by plain pointwise operators for the gates, which a compiler can fuse into
+the stages.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fake kernels: shapes, dtypes and strides of every operator's results. The argument checks have run before them (`schema.fake`)."""
+"""Fake kernels: shapes, dtypes and strides of every operator's results; `schema.fake` puts the checks before them."""
 
 from __future__ import annotations
 

@@ -1,12 +1,15 @@
 """The specification in plain PyTorch: the oracle for every other implementation, never the fast path.
 
-It materialises every score and loops over packed sequences on the host. Any floating dtype works, float64 included; gradients come from
-plain autograd. Products are in the inputs' dtype and softmax in at least float32, as eager attention is usually written, so at a 16-bit
-dtype it is also the measure of what plain PyTorch loses there. Arguments are those of the operators of the same name, but `lse` has the
-dtype of the softmax.
+It materialises every score and loops over packed sequences on the host. Any floating dtype works, float64 included;
+gradients come from plain autograd. Products are in the inputs' dtype and softmax in at least float32, as eager
+attention is usually written, so at a 16-bit dtype it is also the measure of what plain PyTorch loses there. Arguments
+are those of the operators of the same name, but `lse` has the dtype of the softmax.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,40 +28,12 @@ __all__ = [
 def mean_compress(
     x: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """Stage 1: the mean of each window of `kernel_size` tokens, `kernel_stride` apart. x: [B, T, H, D] -> [B, NC, H, D]."""
-    if cu_seqlens is not None:
-        out = x.new_zeros(1, x.shape[1] // kernel_stride, *x.shape[2:])
-        for start, stop in _sequences(cu_seqlens):
-            part = mean_compress(x[:, start:stop], kernel_size=kernel_size, kernel_stride=kernel_stride)
-            first = start // kernel_stride
-            out = _write(out, first, part)
-        return out
-    if x.shape[1] < kernel_size:
-        return x[:, :0] * 1
-    windows = x.unfold(1, kernel_size, kernel_stride)  # [B, NC, H, D, kernel_size]
-    return windows.to(_softmax_dtype(x)).mean(-1).to(x.dtype)
-
-
-def compressed_attention(
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    *,
-    kernel_size: int = 32,
-    kernel_stride: int = 16,
-    seq_len_k: int | None = None,
-    scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Stage 2: attention over the compressed tokens whose whole window is in the past."""
-    options = {"kernel_size": kernel_size, "kernel_stride": kernel_stride, "scale": scale}
+    """Stage 1: means of windows of `kernel_size` tokens, `kernel_stride` apart. [B, T, H, D] -> [B, NC, H, D]."""Stage 2: attention over the compressed tokens whose whole window is in the past."""
+    windows: dict[str, Any] = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
     if cu_seqlens_q is not None:
         parts = [
-            compressed_attention(q[:, rows], k_cmp[:, windows], v_cmp[:, windows], seq_len_k=len_k, **options)  # type: ignore[arg-type]
-            for rows, windows, len_k in _packed_compressed(cu_seqlens_q, cu_seqlens_k, kernel_size, kernel_stride)
+            compressed_attention(q[:, rows], k_cmp[:, cols], v_cmp[:, cols], seq_len_k=len_k, scale=scale, **windows)
+            for rows, cols, len_k in _packed_compressed(cu_seqlens_q, cu_seqlens_k, **windows)
         ]
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
     length = q.shape[1] if seq_len_k is None else seq_len_k
@@ -84,35 +59,27 @@ def select_blocks(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> Tensor:
-    """Stage 3: the forced blocks and then those with the highest scores, ascending, -1 filling the end. [B, T, HK, S] int32."""
-    options = {
-        "block_size": block_size, "num_selected": num_selected, "kernel_size": kernel_size, "kernel_stride": kernel_stride,
-        "init_blocks": init_blocks, "local_blocks": local_blocks, "scale": scale,
-    }  # fmt: skip
+    """Stage 3: the forced blocks, then the highest scores; ascending, -1 filling the end. [B, T, HK, S] int32."""
+    windows: dict[str, Any] = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
+    selection: dict[str, Any] = {"block_size": block_size, "num_selected": num_selected}
+    selection |= {"init_blocks": init_blocks, "local_blocks": local_blocks}
     if cu_seqlens_q is not None:
         return torch.cat(
             [
-                select_blocks(q[:, rows], k_cmp[:, windows], lse[:, rows], seq_len_k=len_k, **options)  # type: ignore[arg-type]
-                for rows, windows, len_k in _packed_compressed(cu_seqlens_q, cu_seqlens_k, kernel_size, kernel_stride)
+                select_blocks(
+                    q[:, rows], k_cmp[:, cols], lse[:, rows], seq_len_k=len_k, scale=scale, **windows, **selection
+                )
+                for rows, cols, len_k in _packed_compressed(cu_seqlens_q, cu_seqlens_k, **windows)
             ],
             1,
         )
     length = q.shape[1] if seq_len_k is None else seq_len_k
-    score = block_scores(
-        q,
-        k_cmp,
-        lse,
-        block_size=block_size,
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        seq_len_k=length,
-        scale=scale,
-    )
+    score = block_scores(q, k_cmp, lse, block_size=block_size, seq_len_k=length, scale=scale, **windows)
     block = torch.arange(score.shape[-1], device=q.device)
     current = (_positions(q, length) // block_size)[:, None, None]  # [T, 1, 1]
     forced = (block < init_blocks) | (block > current - local_blocks)
     score = score.masked_fill(forced, torch.inf).masked_fill(block > current, -torch.inf)
-    score, order = score.sort(-1, descending=True, stable=True)  # stable: ties to the lower block id
+    score, order = score.sort(dim=-1, descending=True, stable=True)  # stable: ties to the lower block id
     score, order = score[..., :num_selected], order[..., :num_selected]
     last = score.shape[-1]  # sorts behind every block
     chosen = torch.where(score == -torch.inf, block.numel(), order).sort(-1).values
@@ -131,7 +98,7 @@ def block_scores(
     seq_len_k: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Scores of the blocks of one batch of unpacked sequences, nothing forced or masked: [B, T, HK, ceil(Tk / block_size)]."""
+    """Scores of the blocks of unpacked sequences, nothing forced or masked: [B, T, HK, ceil(Tk / block_size)]."""
     batch, seq_len, _, _ = q.shape
     num_compressed, num_kv_heads = k_cmp.shape[1:3]
     length = seq_len if seq_len_k is None else seq_len_k
@@ -237,26 +204,34 @@ def nsa_attention(
     loop_order: str = "auto",
 ) -> Tensor:
     """All four stages and the gates: `g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa`."""
-    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "scale": scale}
-    windows = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
+    packed: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "scale": scale}
+    windows: dict[str, Any] = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
     cu_seqlens = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     if k_cmp is None:
         k_cmp = mean_compress(k, **windows, cu_seqlens=cu_seqlens)
     if v_cmp is None:
         v_cmp = mean_compress(v, **windows, cu_seqlens=cu_seqlens)
-    o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, **windows, seq_len_k=k.shape[1], **packed)  # type: ignore[arg-type]
+    o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, **windows, seq_len_k=k.shape[1], **packed)
     if block_indices is None:
         with torch.no_grad():
             block_indices = select_blocks(
-                q, k_cmp, lse, block_size=block_size, num_selected=num_selected, init_blocks=init_blocks,
-                local_blocks=local_blocks, seq_len_k=k.shape[1], **windows, **packed,  # type: ignore[arg-type]
-            )  # fmt: skip
-    o_slc, _ = selected_attention(q, k, v, block_indices, block_size=block_size, **packed)  # type: ignore[arg-type]
+                q,
+                k_cmp,
+                lse,
+                block_size=block_size,
+                num_selected=num_selected,
+                init_blocks=init_blocks,
+                local_blocks=local_blocks,
+                seq_len_k=k.shape[1],
+                **windows,
+                **packed,
+            )
+    o_slc, _ = selected_attention(q, k, v, block_indices, block_size=block_size, **packed)
     total = o_slc if g_slc is None else g_slc[..., None] * o_slc
     if g_cmp is not None:
         total = total + g_cmp[..., None] * o_cmp
     if g_swa is not None and window_size > 0:
-        o_swa, _ = sliding_window_attention(q, k, v, window_size=window_size, **packed)  # type: ignore[arg-type]
+        o_swa, _ = sliding_window_attention(q, k, v, window_size=window_size, **packed)
         total = total + g_swa[..., None] * o_swa
     return total.to(q.dtype)
 
@@ -273,7 +248,10 @@ def _logits(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the visible keys, `visible` broadcasting to [B, T, HQ, Tk]. A row that sees none: output 0, lse -inf."""
+    """Softmax attention over the keys that are visible; `visible` broadcasts to [B, T, HQ, Tk].
+
+    A row that sees no key has output 0 and lse -inf, and no NaN in its gradients.
+    """
     logits = _logits(q, k, scale).masked_fill(~visible, -torch.inf)
     values = v.repeat_interleave(q.shape[2] // k.shape[2], 2)
     if k.shape[1] == 0:  # amax of nothing is an error
@@ -300,13 +278,13 @@ def _visible_windows(q: Tensor, k_cmp: Tensor, seq_len_k: int, kernel_size: int,
 
 def _sequences(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     bounds = cu_seqlens.tolist()
-    return list(zip(bounds[:-1], bounds[1:]))
+    return list(pairwise(bounds))
 
 
 def _packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> list[tuple[slice, slice]]:
     """The rows of the queries and of the keys of each sequence."""
     keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    return [(slice(*q), slice(*k)) for q, k in zip(_sequences(cu_seqlens_q), _sequences(keys))]
+    return [(slice(*q), slice(*k)) for q, k in zip(_sequences(cu_seqlens_q), _sequences(keys), strict=True)]
 
 
 def _packed_compressed(

@@ -30,7 +30,7 @@ _FORCED = "int init_blocks=1, int local_blocks=2"
 _SCHEMAS = (
     "nsa_attention(Tensor q, Tensor k, Tensor v, Tensor? g_cmp=None, Tensor? g_slc=None, Tensor? g_swa=None, *, "
     "Tensor? k_cmp=None, Tensor? v_cmp=None, Tensor? block_indices=None, int block_size=64, int num_selected=16, "
-    f"{_WINDOWS}, {_FORCED}, int window_size=512, float? scale=None, {_PACK}, str loop_order=\"auto\") -> Tensor",
+    f'{_WINDOWS}, {_FORCED}, int window_size=512, float? scale=None, {_PACK}, str loop_order="auto") -> Tensor',
     f"selected_attention(Tensor q, Tensor k, Tensor v, Tensor block_indices, *, {_SELECTED}) -> (Tensor, Tensor)",
     "selected_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
     f"Tensor block_indices, Tensor out, Tensor lse, *, {_SELECTED}) -> (Tensor, Tensor, Tensor)",
@@ -78,8 +78,9 @@ def _verify_signature(name: str, fn: Callable[..., Any]) -> None:
 def impl(name: str, fn: Callable[..., Any], *keys: str) -> None:
     """Register `fn` as what `fsa::name` does on the dispatch keys `keys` ("CPU", "CUDA", ...).
 
-    `fn` has the schema's argument names, kinds and defaults (verified here). For a semantic operator the argument checks
-    run before `fn`, and so do the checks of values while `fsa_compile.debug` validates: `fn` itself checks nothing.
+    `fn` has the schema's argument names, kinds and defaults (verified here). For a semantic operator the argument
+    checks run before `fn`, and so do the checks of values while `fsa_compile.debug` validates: `fn` itself checks
+    nothing.
     """
     _verify_signature(name, fn)
     for key in keys:
