@@ -28,7 +28,35 @@ __all__ = [
 def mean_compress(
     x: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """Stage 1: means of windows of `kernel_size` tokens, `kernel_stride` apart. [B, T, H, D] -> [B, NC, H, D]."""Stage 2: attention over the compressed tokens whose whole window is in the past."""
+    """Stage 1: means of windows of `kernel_size` tokens, `kernel_stride` apart. [B, T, H, D] -> [B, NC, H, D]."""
+    if cu_seqlens is not None:
+        out = x.new_zeros(1, x.shape[1] // kernel_stride, *x.shape[2:])
+        for start, stop in _sequences(cu_seqlens):
+            part = mean_compress(x[:, start:stop], kernel_size=kernel_size, kernel_stride=kernel_stride)
+            first = start // kernel_stride
+            out = _write(out, first, part)
+        return out
+    if x.shape[1] < kernel_size:
+        return x[:, :0] * 1
+    windows = x.unfold(1, kernel_size, kernel_stride)  # [B, NC, H, D, kernel_size]
+    return windows.to(_softmax_dtype(x)).mean(-1).to(x.dtype)
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    *,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    seq_len_k: int | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Stage 2: attention over the compressed tokens whose whole window is in the past."""
     windows: dict[str, Any] = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
     if cu_seqlens_q is not None:
         parts = [
