@@ -1,0 +1,297 @@
+"""The selected branch on a CPU, key/value blocks outermost.
+
+The queries of each block are listed and cut into tiles of one size; a tile is attended with its block whole, and the parts of a row are
+merged by log-sum-exp in slot order (Flash Sparse Attention, arXiv 2508.18224, without its separate pass for the row statistics). A row's
+current block, the only one that needs a causal mask, is a dense band and takes no list. Rows are taken a chunk at a time, so what the
+parts occupy is bounded and memory linear in the length. Both loop orders of the operator run this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cpu_tiles import sequence_slices, tile_backward, tile_forward, widen, widen_gradients
+from .schema import impl
+
+__all__ = ["selected_attention", "selected_attention_backward"]
+
+_PARTS_BYTES = 192 << 20  # of the parts of one chunk of rows
+_TILES_BYTES = 4 << 20  # of the query rows gathered at a time: what stays in cache
+_MAX_TILE_ROWS = 64
+
+
+def selected_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int = 64, scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, loop_order: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`fsa::selected_attention`: stage 4 of the specification, `(out, lse)`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    for b, rows, cols in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
+        problem = _Problem(*widen(q[b, rows], k[b, cols], v[b, cols]), block_indices[b, rows], block_size, scale)
+        _forward(problem, out[b, rows], lse[b, rows])
+    return out, lse
+
+
+def selected_attention_backward(
+    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, out: Tensor,
+    lse: Tensor, *, block_size: int = 64, scale: float | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, loop_order: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`fsa::selected_attention_backward`: the gradients of q, k and v."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    for b, rows, cols in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
+        grads = (None if x is None else x[b, rows] for x in (grad_out, grad_lse))
+        grad, q_b, k_b, v_b, out_b, lse_b = widen_gradients(*grads, q[b, rows], k[b, cols], v[b, cols], out[b, rows], lse[b, rows])
+        problem = _Problem(q_b, k_b, v_b, block_indices[b, rows], block_size, scale)
+        dk_b, dv_b = _backward(problem, grad, out_b, lse_b, dq[b, rows])
+        dk[b, cols], dv[b, cols] = dk_b[..., : k.shape[3]], dv_b[..., : v.shape[3]]
+    return dq, dk, dv
+
+
+def _sequences(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> list[tuple[int, slice, slice]]:
+    """Batch row, rows of the queries and rows of the keys of each sequence."""
+    if cu_seqlens_q is None:
+        return [(b, slice(0, q.shape[1]), slice(0, k.shape[1])) for b in range(q.shape[0])]
+    return [(0, rows, cols) for rows, cols in sequence_slices(cu_seqlens_q, cu_seqlens_k)]
+
+
+class _Problem:
+    """One sequence in float32: q [T, HQ, W], k and v [Tk, HK, W], block_indices [T, HK, S]."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, scale: float) -> None:
+        self.seq_len, self.num_q_heads, self.width = q.shape
+        self.seq_len_k, self.num_kv_heads, _ = k.shape
+        self.group_size = self.num_q_heads // self.num_kv_heads
+        self.num_slots = block_indices.shape[2]
+        self.block_size, self.scale = block_size, scale
+        self.offset = self.seq_len_k - self.seq_len
+        self.num_blocks = -(-self.seq_len_k // block_size)
+        self.q, self.block_indices = q, block_indices
+        self.k, self.v = self.blocks(k), self.blocks(v)
+        self.current = torch.arange(self.offset, self.seq_len_k) // block_size  # [T]
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """[Tk, HK, W] -> [HK, NB, block_size, W], zeros after the last key."""
+        x = F.pad(x, (0, 0, 0, 0, 0, self.num_blocks * self.block_size - self.seq_len_k))
+        return x.unflatten(0, (self.num_blocks, self.block_size)).permute(2, 0, 1, 3).contiguous()
+
+    def unblock(self, x: Tensor) -> Tensor:
+        """The inverse of `blocks`."""
+        return x.permute(1, 2, 0, 3).flatten(0, 1)[: self.seq_len_k]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[T, HQ, W] -> [T * HK + 1, G * W]: what one query has for one key head in a row, and a row of zeros to fill tiles with."""
+        return F.pad(x.reshape(self.seq_len * self.num_kv_heads, -1), (0, 0, 0, 1))
+
+    def chunks(self) -> list[tuple[int, int]]:
+        size = max(self.block_size, _PARTS_BYTES // (4 * self.num_slots * self.num_q_heads * self.width))
+        return [(start, min(start + size, self.seq_len)) for start in range(0, self.seq_len, size)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """The rows of one chunk, listed by block and cut into tiles. A row is `token * HK + key head`, a block `key head * NB + block`."""
+
+    rows: Tensor  # [num_tiles * size]: row of each place, T * HK where there is none
+    blocks: Tensor  # [num_tiles]
+    places: Tensor  # [rows of the chunk, S]: where each slot of a row is, -1 of none
+    size: int
+
+    def steps(self, group_width: int) -> list[tuple[slice, slice]]:
+        """Tiles, and places in them, to take at a time."""
+        step = max(1, _TILES_BYTES // (4 * self.size * group_width))
+        count = self.blocks.shape[0]
+        tiles = (slice(start, min(start + step, count)) for start in range(0, count, step))
+        return [(part, slice(part.start * self.size, part.stop * self.size)) for part in tiles]
+
+
+def _tiles(problem: _Problem, start: int, stop: int) -> _Tiles:
+    """Lists the slots whose block lies before the row's current one. Ids out of range, -1 and the current block are not listed."""
+    num_kv_heads, num_blocks, num_slots = problem.num_kv_heads, problem.num_blocks, problem.num_slots
+    ids = problem.block_indices[start:stop].long()
+    whole = (ids >= 0) & (ids < problem.current[start:stop, None, None])
+    num_lists = num_kv_heads * num_blocks
+    ids = ids + (torch.arange(num_kv_heads) * num_blocks)[:, None]
+    lists, entries = ids.masked_fill_(~whole, num_lists).flatten().sort(stable=True)
+    counts = torch.bincount(lists, minlength=num_lists + 1)[:num_lists]
+    count = int(counts.sum())
+    size = _tile_rows(count / max(1, int((counts > 0).sum())))
+    tiles = (counts + size - 1) // size
+    ends = tiles.cumsum(0)
+    lists, entries = lists[:count], entries[:count]
+    shift = (ends - tiles) * size - (counts.cumsum(0) - counts)  # from place in the sorted lists to place in the tiles
+    places = torch.arange(count) + shift[lists]
+    num_tiles = int(ends[-1])
+    rows = torch.full((num_tiles * size,), problem.seq_len * num_kv_heads)
+    rows[places] = entries // num_slots + start * num_kv_heads
+    slots = torch.full((ids.numel(),), -1)
+    slots[entries] = places
+    return _Tiles(rows, torch.repeat_interleave(torch.arange(num_lists), tiles), slots.view(-1, num_slots), size)
+
+
+def _tile_rows(mean_length: float) -> int:
+    """Half of a list's last tile is filling, on average: keep that at an eighth of the list."""
+    size = _MAX_TILE_ROWS
+    while size > 8 and size > mean_length / 4:
+        size //= 2
+    return size
+
+
+def _sum_slots(problem: _Problem, tiles: _Tiles, parts: Tensor, weights: Tensor) -> Tensor:
+    """Adds up the parts of each row. parts: [num_tiles * size * G, W], weights: [rows, G, S], 0 of no slot -> [rows, G, W]."""
+    places, group_size = tiles.places, problem.group_size
+    shape = (places.shape[0], group_size, problem.width)
+    if parts.shape[0] == 0:
+        return parts.new_zeros(shape)
+    # a slot without a block points at another slot of its row: with weight 0 it adds nothing, unless that row is NaN anyway
+    other = places.amax(1, keepdim=True)
+    index = torch.where(places < 0, other.clamp(min=0), places)
+    index = index[:, None] * group_size + torch.arange(group_size)[:, None]  # [rows, G, S]
+    total = F.embedding_bag(
+        index.flatten(0, 1), parts, per_sample_weights=weights.reshape(-1, problem.num_slots), mode="sum"
+    )
+    return total.view(shape).masked_fill_((other < 0)[..., None], 0)
+
+
+def _diagonal(problem: _Problem, *tensors: Tensor) -> tuple[slice, list[Tensor]]:
+    """Query rows by block. Each [T, HQ, W] -> [blocks, block_size, HQ, W], and which blocks of keys those are."""
+    before = problem.offset % problem.block_size
+    first = problem.offset // problem.block_size
+    after = problem.num_blocks * problem.block_size - problem.seq_len_k
+    blocked = [F.pad(x, (0, 0, 0, 0, before, after)).unflatten(0, (-1, problem.block_size)) for x in tensors]
+    return slice(first, problem.num_blocks), blocked
+
+
+def _undiagonal(problem: _Problem, x: Tensor) -> Tensor:
+    """[blocks, block_size, ...] -> [T, ...]."""
+    before = problem.offset % problem.block_size
+    return x.flatten(0, 1)[before : before + problem.seq_len]
+
+
+def _has_current(problem: _Problem) -> Tensor:
+    """[T, HQ]: whether the row selects its own block."""
+    has = (problem.block_indices == problem.current[:, None, None]).any(-1)
+    return has.repeat_interleave(problem.group_size, 1)
+
+
+def _heads(problem: _Problem, kv_head: int) -> slice:
+    return slice(kv_head * problem.group_size, (kv_head + 1) * problem.group_size)
+
+
+def _forward(problem: _Problem, out: Tensor, lse: Tensor) -> None:
+    """Fills out [T, HQ, DV] and lse [T, HQ]."""
+    group_size, width, num_slots = problem.group_size, problem.width, problem.num_slots
+    own, own_lse = _forward_diagonal(problem)
+    q_rows = problem.rows(problem.q)
+    k_blocks, v_blocks = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
+    for start, stop in problem.chunks():
+        tiles = _tiles(problem, start, stop)
+        parts = own.new_empty(tiles.rows.shape[0], group_size, width)
+        parts_lse = own.new_empty(tiles.rows.shape[0], group_size)
+        for step, places in tiles.steps(group_size * width):
+            blocks = tiles.blocks[step]
+            o, s = tile_forward(
+                q_rows.index_select(0, tiles.rows[places]).view(blocks.shape[0], 1, -1, width),
+                k_blocks.index_select(0, blocks)[:, None],
+                v_blocks.index_select(0, blocks)[:, None],
+                problem.scale,
+            )
+            parts[places] = o.view(-1, group_size, width)
+            parts_lse[places] = s.view(-1, group_size)
+        none = (tiles.places < 0).flatten()
+        row_lse = parts_lse.new_full((none.shape[0], group_size), -torch.inf)
+        if parts.shape[0]:
+            row_lse = parts_lse.index_select(0, tiles.places.flatten().clamp(min=0)).masked_fill_(none[:, None], -torch.inf)
+        row_lse = row_lse.view(-1, num_slots, group_size).transpose(1, 2)  # [rows, G, S]
+        current_lse = own_lse[start:stop].view(-1, group_size)
+        highest = torch.maximum(row_lse.amax(-1), current_lse).masked_fill_(~_seen(row_lse, current_lse), 0)
+        total = (row_lse - highest[..., None]).exp_().sum(-1) + (current_lse - highest).exp_()
+        total = total.log_().add_(highest)  # -inf where nothing is seen
+        anchor = total.masked_fill(total == -torch.inf, 0)
+        merged = _sum_slots(problem, tiles, parts.flatten(0, 1), (row_lse - anchor[..., None]).exp_())
+        merged += own[start:stop].view(-1, group_size, width) * (current_lse - anchor).exp_()[..., None]
+        out[start:stop] = merged.view(stop - start, -1, width)[..., : out.shape[2]].to(out.dtype)
+        lse[start:stop] = total.view(stop - start, -1)
+
+
+def _seen(row_lse: Tensor, current_lse: Tensor) -> Tensor:
+    return (row_lse.amax(-1) > -torch.inf) | (current_lse > -torch.inf)
+
+
+def _forward_diagonal(problem: _Problem) -> tuple[Tensor, Tensor]:
+    """Each row against its own block: [T, HQ, W], lse [T, HQ], -inf where the row does not select that block."""
+    blocks, (q,) = _diagonal(problem, problem.q)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
+    for head in range(problem.num_kv_heads):
+        part = q[:, :, _heads(problem, head)].transpose(1, 2)
+        k, v = (x[head, blocks, None].expand(-1, problem.group_size, -1, -1) for x in (problem.k, problem.v))
+        o, s = tile_forward(part, k, v, problem.scale, causal=True)
+        out[:, :, _heads(problem, head)] = o.transpose(1, 2)
+        lse[:, :, _heads(problem, head)] = s.transpose(1, 2)
+    return _undiagonal(problem, out), _undiagonal(problem, lse).masked_fill(~_has_current(problem), -torch.inf)
+
+
+def _backward(problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor, dq: Tensor) -> tuple[Tensor, Tensor]:
+    """Fills dq [T, HQ, D]; returns dk, dv [Tk, HK, W]."""
+    group_size, width = problem.group_size, problem.width
+    dq_own, dk, dv = _backward_diagonal(problem, grad, out, lse)
+    dk_blocks, dv_blocks = dk.flatten(0, 1), dv.flatten(0, 1)
+    k_blocks, v_blocks = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
+    q_rows, grad_rows, out_rows = problem.rows(problem.q), problem.rows(grad), problem.rows(out)
+    lse_rows = F.pad(lse.view(-1, group_size), (0, 0, 0, 1), value=torch.inf)  # what fills a tile has no share in the gradients
+    for start, stop in problem.chunks():
+        tiles = _tiles(problem, start, stop)
+        parts = grad.new_empty(tiles.rows.shape[0], group_size, width)
+        for step, places in tiles.steps(group_size * width):
+            blocks, rows = tiles.blocks[step], tiles.rows[places]
+            grad_part, q_part, out_part = (
+                x.index_select(0, rows).view(blocks.shape[0], 1, -1, width) for x in (grad_rows, q_rows, out_rows)
+            )
+            dq_part, dk_part, dv_part = tile_backward(
+                grad_part,
+                q_part,
+                k_blocks.index_select(0, blocks)[:, None],
+                v_blocks.index_select(0, blocks)[:, None],
+                out_part,
+                lse_rows.index_select(0, rows).view(blocks.shape[0], 1, -1),
+                problem.scale,
+            )
+            parts[places] = dq_part.view(-1, group_size, width)
+            dk_blocks.index_add_(0, blocks, dk_part[:, 0])
+            dv_blocks.index_add_(0, blocks, dv_part[:, 0])
+        weights = (tiles.places >= 0).float()[:, None].expand(-1, group_size, -1)
+        total = _sum_slots(problem, tiles, parts.flatten(0, 1), weights).view(stop - start, -1, width)
+        dq[start:stop] = (total + dq_own[start:stop])[..., : dq.shape[2]].to(dq.dtype)
+    return problem.unblock(dk), problem.unblock(dv)
+
+
+def _backward_diagonal(problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of each row's own block: dq [T, HQ, W], dk, dv [HK, NB, block_size, W]."""
+    lse = lse.masked_fill(~_has_current(problem), torch.inf)
+    blocks, (grad, q, out) = _diagonal(problem, grad, problem.q, out)
+    before = problem.offset % problem.block_size
+    after = problem.num_blocks * problem.block_size - problem.seq_len_k
+    lse = F.pad(lse, (0, 0, before, after), value=torch.inf).unflatten(0, (-1, problem.block_size))
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(problem.k), torch.zeros_like(problem.v)
+    for head in range(problem.num_kv_heads):
+        heads = _heads(problem, head)
+        grad_part, q_part, out_part, lse_part = (x[:, :, heads].transpose(1, 2) for x in (grad, q, out, lse))
+        k, v = (x[head, blocks, None].expand(-1, problem.group_size, -1, -1) for x in (problem.k, problem.v))
+        dq_part, dk_part, dv_part = tile_backward(grad_part, q_part, k, v, out_part, lse_part, problem.scale, causal=True)
+        dq[:, :, heads] = dq_part.transpose(1, 2)
+        dk[head, blocks], dv[head, blocks] = dk_part.sum(1), dv_part.sum(1)
+    return _undiagonal(problem, dq), dk, dv
+
+
+for _fn in (selected_attention, selected_attention_backward):
+    impl(_fn.__name__, _fn, "CPU")
