@@ -1,0 +1,270 @@
+"""The cost model's sympy expressions: one sum of passes per loop order, forward and backward.
+
+A pass takes ``max(arithmetic / rate, L2 bytes / L2 bandwidth, DRAM bytes / DRAM bandwidth) + launches * overhead``.
+docs/cost-model.md derives each term and compares the result with measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import sympy
+from sympy import Expr, Integer, Max, Min, Rational, Symbol, ceiling
+
+from .device import DEVICES
+from .problem import BACKWARD_ENTRIES_PER_TILE, KV_OUTER_ROWS
+
+
+def _sym(name: str) -> Symbol:
+    return Symbol(name, positive=True)
+
+
+B, T, Tk, HK, G, D, DV, bs, S, w = map(_sym, ("B", "T", "Tk", "HK", "G", "D", "DV", "bs", "S", "w"))
+M_q, M_kv, N_w = _sym("M_q"), _sym("M_kv"), _sym("N_w")
+FLOPS, BW_dram, BW_L2, R_scatter = _sym("FLOPS"), _sym("BW_dram"), _sym("BW_L2"), _sym("R_scatter")
+R_sort, t_launch, SMs = _sym("R_sort"), _sym("t_launch"), _sym("SMs")
+E, W, W_b = _sym("E"), _sym("W"), _sym("W_b")
+
+# Names that make the expressions readable; substituted before evaluation.
+DERIVED: dict[Symbol, Expr] = {
+    E: B * T * HK * Min(S, ceiling(Tk / bs)),
+    W: E * G / M_kv + Min(E, B * HK * ceiling(Tk / bs)),
+    W_b: E / N_w + Min(E, B * HK * ceiling(Tk / bs)),
+}
+
+MEANING: dict[Symbol, str] = {
+    B: "batch",
+    T: "seq_len, queries of a sequence",
+    Tk: "seq_len_k, keys of a sequence",
+    HK: "num_kv_heads",
+    G: "gqa_group_size, query heads of one key/value head",
+    D: "head_dim of q and k",
+    DV: "head_dim of v",
+    bs: "block_size, tokens of a selected block",
+    S: "num_selected, blocks that a query selects",
+    w: "bytes of an element of q, k, v",
+    M_q: "rows of the query-outer tile: G rounded up to a power of two, at least 16",
+    M_kv: f"rows of the KV-outer tile ({KV_OUTER_ROWS}); a tile holds M_kv / G entries",
+    N_w: f"entries of one work item of the backward's KV-outer pass ({BACKWARD_ENTRIES_PER_TILE})",
+    E: "entries: (token, KV head, selected block) triples",
+    W: "tiles of the forward's KV-outer pass, one partly filled tile for each list included",
+    W_b: "work items of the backward's KV-outer pass",
+    FLOPS: "matmul rate at the inputs' dtype, 1/s (a multiply-add is two)",
+    BW_dram: "DRAM bandwidth that a streaming kernel reaches, B/s",
+    BW_L2: "L2 bandwidth that a gathering kernel reaches, B/s",
+    R_scatter: "footprint at which scattered writes take twice the time of streaming ones, B",
+    R_sort: "keys a stable sort takes per second",
+    t_launch: "overhead of a launch, s",
+    SMs: "multiprocessors; fewer programs than that leave some idle",
+}
+
+SIZES = (B, T, Tk, HK, G, D, DV, bs, S, w)
+TILES = (M_q, M_kv, N_w)
+CONSTANTS = (FLOPS, BW_dram, BW_L2, R_scatter, R_sort, t_launch, SMs)
+
+
+# Scattered writes were never seen to cost more than 2.8 times what streaming ones do.
+MAX_SCATTER_PENALTY = 2
+
+
+def _efficiency(rows: Expr) -> Expr:
+    """Share of the matmul rate that a tile of so many rows reaches: a third at 16, 0.6 at 64, 0.7 at 128."""
+    return Rational(3, 4) * rows / (rows + 16)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One kernel, or a few that one name covers; the terms of its time."""
+
+    name: str
+    what: str
+    flops: Expr = field(default_factory=lambda: Integer(0))
+    rows: Expr = field(default_factory=lambda: Integer(128))  # of its matmul tile
+    l2_bytes: Expr = field(default_factory=lambda: Integer(0))
+    dram_bytes: Expr = field(default_factory=lambda: Integer(0))
+    scattered: Expr = field(default_factory=lambda: Integer(0))  # footprint of its scattered writes, B
+    sorted_keys: Expr = field(default_factory=lambda: Integer(0))
+    programs: Expr | None = None  # None: always enough to fill the device
+    launches: int = 1
+
+    def terms(self) -> dict[str, Expr]:
+        """Seconds by what they are spent on; the pass takes the largest of the first three plus the others."""
+        occupied = Integer(1) if self.programs is None else Min(1, self.programs / SMs)
+        return {
+            "arithmetic": self.flops / (FLOPS * _efficiency(self.rows) * occupied),
+            "L2": self.l2_bytes / (BW_L2 * occupied),
+            "DRAM": self.dram_bytes / BW_dram * (1 + Min(MAX_SCATTER_PENALTY, self.scattered / R_scatter)),
+            "sort": self.sorted_keys / R_sort,
+            "launch": self.launches * t_launch,
+        }
+
+    def time(self) -> Expr:
+        """Seconds, in the symbols of MEANING."""
+        terms = self.terms()
+        return Max(terms["arithmetic"], terms["L2"], terms["DRAM"]) + terms["sort"] + terms["launch"]
+
+
+def _tensor(rows: Expr, *widths: Expr) -> Expr:
+    """Bytes of tensors [rows, width]."""
+    return rows * sum(widths, Integer(0)) * w
+
+
+_q_rows, _k_rows = B * T * HK * G, B * Tk * HK
+_entry_rows = E * G
+_programs_q = B * T * HK
+
+_LISTS = Pass(
+    "lists",
+    "sort the entries by block: one stable sort of int32 keys, then offsets and work items",
+    sorted_keys=E,
+    dram_bytes=24 * E,
+    launches=12,
+)
+_DELTA = Pass(
+    "delta",
+    "rowsum(grad_out * out)",
+    dram_bytes=_tensor(_q_rows, DV, DV) + 4 * _q_rows,
+)
+
+FORWARD_PASSES: dict[str, tuple[Pass, ...]] = {
+    "nsa": (
+        Pass(
+            "query-outer",
+            "each (token, KV head) walks its S blocks; every K/V block read again for every token",
+            flops=2 * E * bs * M_q * (D + DV),
+            rows=M_q,
+            l2_bytes=_tensor(E * bs, D, DV),
+            dram_bytes=_tensor(_q_rows, D, DV) + _tensor(_k_rows, D, DV) + 4 * _q_rows + 4 * E,
+            programs=_programs_q,
+        ),
+    ),
+    "fsa": (
+        _LISTS,
+        Pass(
+            "KV-outer partials",
+            "each K/V block meets the queries that selected it: gather q rows, write one partial and its lse per entry",
+            flops=2 * W * M_kv * bs * (D + DV),
+            rows=M_kv,
+            l2_bytes=_tensor(W * bs, D, DV) + _tensor(_entry_rows, D, DV),
+            dram_bytes=_tensor(_entry_rows, D, DV) + _tensor(_k_rows, D, DV) + 4 * _entry_rows + 4 * E,
+            scattered=_tensor(_entry_rows, DV),
+            programs=W,
+        ),
+        Pass(
+            "merge",
+            "weigh a token's S partials by their log-sum-exp and add",
+            dram_bytes=_tensor(_entry_rows, DV) + 4 * _entry_rows + _tensor(_q_rows, DV) + 4 * _q_rows,
+        ),
+    ),
+}
+
+_TILE_SUM = Pass(
+    "sum tiles",
+    "add the float32 dk, dv tiles of a block's work items",
+    dram_bytes=4 * W_b * bs * (D + DV) + _tensor(_k_rows, D, DV),
+    launches=2,
+)
+
+BACKWARD_PASSES: dict[str, tuple[Pass, ...]] = {
+    "nsa": (
+        _DELTA,
+        Pass(
+            "query-outer dq",
+            "s = q k', dp = do v', dq = ds k; K/V blocks read again for every token",
+            flops=2 * E * bs * M_q * (2 * D + DV),
+            rows=M_q,
+            l2_bytes=_tensor(E * bs, D, DV),
+            dram_bytes=_tensor(_q_rows, D, DV, D) + _tensor(_k_rows, D, DV) + 8 * _q_rows + 4 * E,
+            programs=_programs_q,
+        ),
+        _LISTS,
+        Pass(
+            "KV-outer dk dv",
+            "s, dp, dv = p' do, dk = ds' q: gather q and do rows, one float32 tile for each work item",
+            flops=2 * (E * G + W_b * M_kv / 2) * bs * (2 * D + 2 * DV),
+            rows=M_kv,
+            l2_bytes=_tensor(W_b * bs, D, DV) + _tensor(_entry_rows, D, DV),
+            dram_bytes=_tensor(_entry_rows, D, DV) + 8 * _entry_rows + 4 * E + 4 * W_b * bs * (D + DV),
+            programs=W_b,
+        ),
+        _TILE_SUM,
+    ),
+    "fsa": (
+        _DELTA,
+        _LISTS,
+        Pass(
+            "KV-outer dq dk dv",
+            "s, dp, dv, dk as for nsa, and dq = ds k as one partial per entry",
+            flops=2 * (E * G + W_b * M_kv / 2) * bs * (3 * D + 2 * DV),
+            rows=M_kv,
+            l2_bytes=_tensor(W_b * bs, D, DV) + _tensor(_entry_rows, D, DV, D),
+            dram_bytes=_tensor(_entry_rows, D, DV, D) + 8 * _entry_rows + 4 * E + 4 * W_b * bs * (D + DV),
+            scattered=_tensor(_entry_rows, D),
+            programs=W_b,
+        ),
+        Pass(
+            "sum dq partials",
+            "add a token's S dq partials",
+            dram_bytes=_tensor(_entry_rows, D) + _tensor(_q_rows, D),
+        ),
+        _TILE_SUM,
+    ),
+}
+
+
+def _total(passes: tuple[Pass, ...]) -> Expr:
+    return sum((p.time() for p in passes), Integer(0))
+
+
+# Seconds of a forward, and of a backward with its own lists, by loop order.
+EXPRESSIONS: dict[str, Expr] = {order: _total(passes) for order, passes in FORWARD_PASSES.items()}
+BACKWARD_EXPRESSIONS: dict[str, Expr] = {order: _total(passes) for order, passes in BACKWARD_PASSES.items()}
+# Seconds of the lists; a training step builds them once when both directions need them.
+LISTS_EXPRESSION: Expr = _LISTS.time()
+# Bytes of the largest moment's temporaries, (forward, backward).
+SCRATCH_EXPRESSIONS: dict[str, tuple[Expr, Expr]] = {
+    "nsa": (Integer(0), 24 * E + 4 * W_b * bs * (D + DV)),
+    "fsa": (
+        24 * E + _tensor(_entry_rows, DV) + 4 * _entry_rows,
+        24 * E + _tensor(_entry_rows, D) + 4 * W_b * bs * (D + DV),
+    ),
+}
+
+_PASSES = {"forward": FORWARD_PASSES, "backward": BACKWARD_PASSES}
+
+
+def describe(*, unicode: bool = False) -> str:
+    """The model as text: symbols, derived sizes, each pass's time, and the device table.
+
+    ``unicode=True`` draws fractions with box characters.
+    """
+
+    def pretty(expr: Expr, label: str) -> list[str]:
+        block = sympy.pretty(expr, use_unicode=unicode, num_columns=160).splitlines()
+        middle = (len(block) - 1) // 2  # the fraction's line
+        return [f"    {label if i == middle else '':<13}{line}".rstrip() for i, line in enumerate(block)]
+
+    lines = ["Cost of selected attention by loop order, in seconds.", "", "Symbols"]
+    lines += [f"  {symbol!s:<10} {meaning}" for symbol, meaning in MEANING.items()]
+    lines += ["", "Derived sizes"]
+    for symbol, expr in DERIVED.items():
+        lines += pretty(expr, f"{symbol} =")
+    lines += ["", "A pass takes max(arithmetic, L2, DRAM) + sort + launch. The matmul rate is reached to"]
+    lines += ["3/4 * M / (M + 16) by a tile of M rows, and arithmetic and L2 need a program on every multiprocessor."]
+    for direction, by_order in _PASSES.items():
+        for order, passes in by_order.items():
+            lines += ["", f"{direction}, loop order {order!r} = " + " + ".join(f"[{p.name}]" for p in passes)]
+            for p in passes:
+                lines += [f"  [{p.name}] {p.what}"]
+                for label, expr in p.terms().items():
+                    if expr != 0:
+                        lines += pretty(expr, label)
+    lines += ["", "Devices (rates in T/s, scatter reach in GB, launch in us)"]
+    head = ("name", "FLOPS16", "FLOPS32", "BW_dram", "BW_L2", "R_scatter", "R_sort", "t_launch", "SMs")
+    lines.append("  " + "".join(f"{h:>10}" for h in head))
+    for d in DEVICES.values():
+        rates = (d.flops, d.flops_fp32, d.dram_bandwidth, d.l2_bandwidth)
+        row = [f"{d.name:>10}", *(f"{r / 1e12:>10.4g}" for r in rates), f"{d.scatter_reach / 1e9:>10.3g}"]
+        row += [f"{d.sort_rate / 1e12:>10.3g}", f"{d.launch_overhead * 1e6:>10.3g}", f"{d.num_sms:>10}"]
+        lines.append("  " + "".join(row))
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""From tensors to what the cost model wants: the one place that both the operators and the lowering go through."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cost
+
+__all__ = ["UNKNOWN_LENGTH", "device_of", "problem_of", "size_hint"]
+
+# Assumed for a size that has no hint at all (an unbacked symbol): long enough for either order to be worth its launches.
+UNKNOWN_LENGTH = 8192
+
+
+def size_hint(size: Any, fallback: int = UNKNOWN_LENGTH) -> int:
+    """A likely value of an int or SymInt, without adding a guard; ``fallback`` where nothing is known."""
+    if isinstance(size, int):  # a SymInt is not one
+        return size
+    from torch.fx.experimental import symbolic_shapes
+
+    # torch 2.11 has size_hint only, which later versions deprecate for optimization_hint.
+    hint = getattr(symbolic_shapes, "optimization_hint", None) or symbolic_shapes.size_hint
+    return int(hint(size, fallback=fallback))
+
+
+def problem_of(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | Any, block_size: int) -> cost.Problem:
+    """The sizes of one selected-attention call. Tensors may be real, fake or meta, and sizes symbolic.
+
+    Args:
+        q: (batch, seq_len, num_q_heads, head_dim). k, v: (batch, seq_len_k, num_kv_heads, head_dim or head_dim_v).
+        block_indices: (batch, seq_len, num_kv_heads, num_selected), or ``num_selected`` itself.
+        block_size: tokens of a block.
+
+    Empty tensors count as one element in each dimension: their cost is that of the launches.
+    """
+    num_selected = block_indices.shape[3] if isinstance(block_indices, Tensor) else block_indices
+    batch, seq_len, num_q_heads, head_dim = (max(1, size_hint(s)) for s in q.shape)
+    seq_len_k, num_kv_heads = (max(1, size_hint(s)) for s in k.shape[1:3])
+    return cost.Problem(
+        batch=batch,
+        seq_len=seq_len,
+        seq_len_k=seq_len_k,
+        num_kv_heads=num_kv_heads,
+        gqa_group_size=max(1, num_q_heads // num_kv_heads),
+        head_dim=head_dim,
+        head_dim_v=max(1, size_hint(v.shape[3])),
+        block_size=block_size,
+        num_selected=max(1, size_hint(num_selected)),
+        itemsize=q.dtype.itemsize,
+    )
+
+
+@functools.cache
+def _device(type: str, index: int | None) -> cost.Device:
+    try:
+        name = torch.cuda.get_device_name(index) if type == "cuda" else ""
+    except (AssertionError, RuntimeError):  # fake tensors of a GPU that is not here
+        name = ""
+    return cost.device_for(name, type)
+
+
+def device_of(tensor: Tensor) -> cost.Device:
+    """The device's row of the cost model; the generic GPU's where its name cannot be asked for."""
+    return _device(tensor.device.type, tensor.device.index)
