@@ -1,0 +1,266 @@
+"""Joint-graph pass: a semantic operator becomes the loop-order operators that the cost model chose.
+
+The sequence of operators that eager CUDA runs is traced on the node's fake tensors and takes the node's place, so that eager and
+compiled code cannot drift apart. Equal nodes are made once: forward and backward share the per-block lists. Nothing here adds a
+guard, and nothing here may break a user's model: whatever is not understood stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import operator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from .. import cost, debug
+from ..ops import cuda
+from . import _inductor, lower
+
+__all__ = ["Site", "collect_sites", "expand_graph"]
+
+log = logging.getLogger(__name__)
+
+# Assumed where a length has no hint at all (an unbacked symbol): long enough for either order to be worth its launches.
+_UNKNOWN_LENGTH = 8192
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+# Facts about the replaced call itself, wrong for the calls that replace it.
+_OWN_META = frozenset(("val", "tensor_meta", "eager_input_vals", "example_value"))
+_UNUSED = frozenset(("max_seqlen_q", "max_seqlen_k", "loop_order"))
+_MADE = "fsa_compile"
+_MUST_KEEP = frozenset(("MUST_SAVE", "PREFER_SAVE"))
+
+
+@dataclass(frozen=True)
+class Site:
+    """What became of one semantic operator in one graph."""
+
+    op: str  # "fsa::selected_attention"
+    matched: bool  # replaced by loop-order operators
+    loop_order: str | None
+    costs: dict[str, float] = field(default_factory=dict)  # seconds by loop order
+    reason: str = ""
+    where: str | None = None  # "file:line" of the user's call
+
+
+_collectors: list[list[Site]] = []
+
+
+@contextlib.contextmanager
+def collect_sites() -> Iterator[list[Site]]:
+    """The sites that the pass meets inside the block, appended as they come. A graph from a cache is not met again."""
+    sites: list[Site] = []
+    _collectors.append(sites)
+    try:
+        yield sites
+    finally:
+        _collectors[:] = [one for one in _collectors if one is not sites]
+
+
+def where_of(node: fx.Node) -> str | None:
+    """``file:line`` of the innermost frame outside this package."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    for file, line in reversed(frames):
+        if not file.startswith(_PACKAGE):
+            return f"{file}:{line}"
+    return None
+
+
+def expand_graph(graph: fx.Graph) -> None:
+    """Replace the semantic operators of ``graph`` that run on CUDA."""
+    nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in _sequences()]
+    if not nodes:
+        return
+    expansion = _Expansion(graph)
+    for node in nodes:
+        try:
+            site = expansion.replace(node)
+        except Exception as error:
+            log.warning("%s stays as it is: %s: %s", node.target, type(error).__name__, error, exc_info=True)
+            site = _site(node, False, reason=f"not lowered: {type(error).__name__}: {error}")
+        log.info("%s", site)
+        for sites in _collectors:
+            sites.append(site)
+
+
+def _sequences() -> dict[Any, Callable[..., Any]]:
+    fsa = torch.ops.fsa
+    return {
+        fsa.selected_attention.default: cuda.forward,
+        fsa.selected_attention_backward.default: cuda.backward,
+    }
+
+
+def _site(node: fx.Node, matched: bool, choice: cost.Choice | None = None, reason: str = "") -> Site:
+    return Site(
+        op=str(node.target._schema.name),  # type: ignore[union-attr]
+        matched=matched,
+        loop_order=choice.order if choice else None,
+        costs=dict(choice.costs) if choice else {},
+        reason=choice.reason if choice else reason,
+        where=where_of(node),
+    )
+
+
+def _bound(node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by name, defaults filled in."""
+    values: dict[str, Any] = {}
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if i < len(node.args) and not argument.kwarg_only:
+            values[argument.name] = node.args[i]
+        else:
+            values[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return values
+
+
+def _value(x: Any) -> Any:
+    return x.meta["val"] if isinstance(x, fx.Node) else x
+
+
+def _identity(bound: dict[str, Any]) -> tuple[Any, ...]:
+    """What a forward and its backward have in common."""
+    names = ("q", "k", "v", "block_indices", "cu_seqlens_q", "cu_seqlens_k", "block_size", "scale", "loop_order")
+    return tuple(bound[name] for name in names)
+
+
+def problem_of(bound: dict[str, Any]) -> cost.Problem:
+    """The sizes that the cost model wants, from likely values of the symbolic ones."""
+    q, k, v, block_indices = (_value(bound[name]) for name in ("q", "k", "v", "block_indices"))
+
+    def size(tensor: torch.Tensor, dim: int) -> int:
+        return max(1, _inductor.optimization_hint(tensor.shape[dim], _UNKNOWN_LENGTH))
+
+    return cost.Problem(
+        batch=size(q, 0),
+        seq_len=size(q, 1),
+        seq_len_k=size(k, 1),
+        num_kv_heads=size(k, 2),
+        gqa_group_size=max(1, size(q, 2) // size(k, 2)),
+        head_dim=size(q, 3),
+        head_dim_v=size(v, 3),
+        block_size=bound["block_size"],
+        num_selected=size(block_indices, 3),
+        itemsize=q.dtype.itemsize,
+    )
+
+
+def _device_of(device: torch.device) -> cost.Device:
+    try:
+        name = torch.cuda.get_device_name(device)
+    except (RuntimeError, AssertionError):  # compiling for a GPU that is not here
+        name = ""
+    return cost.device_for(name, device.type)
+
+
+class _Expansion:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.made: dict[Any, fx.Node] = {}  # equal calls are made once
+        backward = torch.ops.fsa.selected_attention_backward.default
+        self.trained = {_identity(_bound(n)) for n in graph.nodes if n.op == "call_function" and n.target is backward}
+        self.choices: dict[Any, cost.Choice] = {}
+
+    def replace(self, node: fx.Node) -> Site:
+        bound = _bound(node)
+        q = _value(bound["q"])
+        if q.device.type != "cuda":
+            device = cost.device_for("", "cpu")
+            choice = cost.choose(problem_of(bound), device, bound["loop_order"])
+            return _site(node, False, reason=f"runs on {q.device.type}: {choice.reason}")
+        if debug.is_validating():
+            return _site(node, False, reason="fsa_compile.debug validates, which only the eager operator does")
+        if any(user.target is not operator.getitem for user in node.users):
+            return _site(node, False, reason="its results are used as one tuple")
+        choice = self._choose(bound, _device_of(q.device))
+        lower.register()
+        arguments = {name: x for name, x in bound.items() if name not in _UNUSED}
+        if arguments["scale"] is None:
+            arguments["scale"] = int(q.shape[3]) ** -0.5
+        traced = _trace(functools.partial(_sequences()[node.target], choice.order), arguments, q.fake_mode)
+        self._inline(node, arguments, traced)
+        return _site(node, True, choice)
+
+    def _choose(self, bound: dict[str, Any], device: cost.Device) -> cost.Choice:
+        key = _identity(bound)
+        if key not in self.choices:
+            both = key in self.trained and "out" not in bound
+            alone = not both and "out" in bound
+            self.choices[key] = cost.choose(
+                problem_of(bound), device, bound["loop_order"], training=both, backward=alone
+            )
+        return self.choices[key]
+
+    def _inline(self, node: fx.Node, bound: dict[str, Any], traced: fx.GraphModule) -> None:
+        sources = iter([x for x in pytree.tree_leaves(bound) if isinstance(x, fx.Node)])
+        env: dict[fx.Node, Any] = {}
+        results: tuple[Any, ...] = ()
+        if any(n.op not in ("placeholder", "call_function", "output") for n in traced.graph.nodes):
+            raise NotImplementedError("the implementation holds constants or submodules")
+        with self.graph.inserting_before(node):
+            for n in traced.graph.nodes:
+                if n.op == "placeholder":
+                    env[n] = next(sources)
+                elif n.op == "output":
+                    results = fx.node.map_arg(n.args[0], env.__getitem__)
+                else:
+                    env[n] = self._make(node, n, env)
+        keep = {n for n in results if isinstance(n, fx.Node)}
+        for n in env.values():
+            policy = n.meta.get("recompute") if n.op == "call_function" and n.meta.get(_MADE) else None
+            if policy is not None and n not in keep and policy.name in _MUST_KEEP:
+                del n.meta["recompute"]  # a policy that keeps the operator's results does not ask for its temporaries
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            self.graph.erase_node(user)
+        self.graph.erase_node(node)
+
+    def _make(self, old: fx.Node, n: fx.Node, env: dict[fx.Node, Any]) -> fx.Node:
+        args = fx.node.map_arg(n.args, env.__getitem__)
+        kwargs = fx.node.map_arg(n.kwargs, env.__getitem__)
+        key = (n.target, *_hashable(args), *_hashable(kwargs)) if _is_pure(n.target) else None
+        if key is not None and key in self.made:
+            return self.made[key]
+        new = self.graph.call_function(n.target, args, kwargs)  # type: ignore[arg-type]
+        new.meta = {name: value for name, value in old.meta.items() if name not in _OWN_META}
+        new.meta.update({name: n.meta[name] for name in ("val", "tensor_meta") if name in n.meta})
+        new.meta[_MADE] = True
+        self.made[key if key is not None else new] = new
+        return new
+
+
+def _hashable(x: Any) -> tuple[Any, ...]:
+    leaves, spec = pytree.tree_flatten(x)
+    return (spec, *((type(leaf), leaf) for leaf in leaves))
+
+
+def _is_pure(target: Any) -> bool:
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return target in (operator.add, operator.sub, operator.mul, operator.floordiv)
+    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.name.startswith("aten::empty")
+
+
+def _trace(fn: Callable[..., Any], bound: dict[str, Any], fake_mode: Any) -> fx.GraphModule:
+    """``fn(**bound)`` as a graph whose placeholders are the nodes in ``bound``, in order."""
+    leaves, spec = pytree.tree_flatten(bound)
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
+
+    def call(*values: Any) -> Any:
+        filled = list(leaves)
+        for i, value in zip(where, values, strict=True):
+            filled[i] = value
+        return fn(**pytree.tree_unflatten(filled, spec))
+
+    with fake_mode, torch.no_grad():
+        return make_fx(call, tracing_mode="real")(*(leaves[i].meta["val"] for i in where))

@@ -1,0 +1,163 @@
+"""Where the pass sits in Inductor, what makes its cache entries valid, and how it shares the slot with others.
+
+A pass without a ``uuid()`` silently switches off the FX-graph and AOTAutograd caches, and lowerings and templates are in no
+cache key at all; so the pass's uuid answers for every source file of the package.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import debug
+from . import _inductor
+from .expand import expand_graph
+
+__all__ = ["FsaPass", "PASS", "PassChain", "disable", "enable", "is_enabled", "source_hash", "warn_if_replaced"]
+
+_SOURCES = ("*.py", "*.jinja")
+
+
+@functools.cache
+def source_hash() -> str:
+    """sha256 of every source file of the package and of the versions of torch and triton, as they were at import."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(p for pattern in _SOURCES for p in root.rglob(pattern)):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    try:
+        from triton import __version__ as triton_version
+    except ImportError:
+        triton_version = "none"
+    digest.update(f"\0torch {torch.__version__} triton {triton_version}".encode())
+    return digest.hexdigest()
+
+
+class FsaPass(_inductor.CustomGraphPass):
+    """The joint-graph pass of this package. One object per process; disabled, it does nothing and says so in its uuid."""
+
+    def __init__(self) -> None:
+        self.active = False
+        source_hash()
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if self.active:
+            expand_graph(graph)
+
+    def uuid(self) -> str:
+        if not self.active:
+            return "fsa_compile off"
+        return f"fsa_compile {source_hash()} validating={debug.is_validating()}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FsaPass:
+        return self  # Inductor copies configuration values; identity is how we find ourselves again
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _the_pass, ()
+
+
+class PassChain(_inductor.CustomGraphPass):
+    """Several passes in a slot that holds one. They run in order; without a uuid of each the chain has none."""
+
+    def __init__(self, *passes: Any) -> None:
+        self.passes = passes
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for one in self.passes:
+            one(graph)
+
+    def uuid(self) -> Any:
+        uuids = []
+        for one in self.passes:
+            uuid = one.uuid() if isinstance(one, _inductor.CustomGraphPass) else None
+            if not uuid:
+                return None
+            uuids.append(uuid)
+        return tuple(uuids)
+
+
+PASS = FsaPass()
+
+
+def _the_pass() -> FsaPass:
+    return PASS
+
+
+def _contains(value: Any) -> bool:
+    if isinstance(value, PassChain):
+        return any(map(_contains, value.passes))
+    return value is PASS
+
+
+def _in_slot() -> bool:
+    return any(map(_contains, _inductor.slot_passes()))
+
+
+def _without_ours(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, PassChain):
+        return tuple(p for one in value.passes for p in _without_ours(one))
+    return () if value is PASS else (value,)
+
+
+def _write(passes: tuple[Any, ...]) -> None:
+    if len(passes) <= 1:
+        _inductor.set_slot(passes[0] if passes else None)
+    else:
+        _inductor.set_slot(list(passes) if _inductor.slot_takes_sequence() else PassChain(*passes))
+
+
+def enable() -> None:
+    """Switch the lowering on (it is, after ``import fsa_compile``).
+
+    The joint-graph pass is put after whatever sits in ``torch._inductor.config.joint_custom_pre_pass``; call it again
+    after another package has overwritten that slot. Functions that are compiled already stay as they are.
+    """
+    PASS.active = True
+    if not _in_slot():
+        if _inductor.slot_passes():
+            _write((*_inductor.slot_passes(), PASS))
+        elif not (_inductor.set_slot_default(PASS) and _in_slot()):
+            _inductor.set_slot(PASS)
+
+
+def disable() -> None:
+    """Switch the lowering off: operators compiled from now on are called as they are, as if eagerly.
+
+    Other passes in the slot stay. Functions that are compiled already stay as they are.
+    """
+    PASS.active = False
+    kept = tuple(p for one in _inductor.slot_passes() for p in _without_ours(one))
+    if _in_slot():
+        _inductor.set_slot_default(None)
+        if _in_slot():
+            _write(kept)
+
+
+def is_enabled() -> bool:
+    """Whether compiling now would run the pass: switched on, and in the slot."""
+    return PASS.active and _in_slot()
+
+
+_warned: set[str] = set()
+
+
+def warn_if_replaced(op: str) -> None:
+    """Say, once per kind of replacement, that something took the pass's place, so that ``op`` was not lowered."""
+    if not PASS.active or _in_slot():
+        return
+    found = ", ".join(type(p).__name__ for p in _inductor.slot_passes()) or "None"
+    if found in _warned:
+        return
+    _warned.add(found)
+    warnings.warn(
+        f"fsa_compile is enabled, but torch._inductor.config.{_inductor.SLOT} holds {found} instead of its pass, so {op} is "
+        "called as it is and cached code is not checked against this package's sources. torch.compile(options=...) "
+        "replaces the slot: pass a list that has fsa_compile.lowering.PASS in it, or set the slot first and call fsa_compile.enable().",
+        stacklevel=2,
+    )
