@@ -15,7 +15,7 @@ from fsa_compile.demo.training import Forward, loss_of
 
 @dataclass(frozen=True)
 class Result:
-    """Of one forward and backward, float64 on the CPU: logits (batch, seq_len, 256); all parameters' gradient, a vector."""
+    """One forward and backward, float64 on the CPU: logits (batch, seq_len, 256), gradient of all parameters (n,)."""
 
     logits: Tensor
     gradient: Tensor

@@ -82,7 +82,7 @@ def dense(config: Config) -> Attention:
 
 
 def rotary(x: Tensor) -> Tensor:
-    """Rotary position embedding, half-split form. x: (batch, seq_len, heads, head_dim), head_dim even; same dtype back."""
+    """Rotary position embedding, half-split. x: (batch, seq_len, heads, head_dim), head_dim even; same dtype out."""
     half = x.shape[-1] // 2
     work = torch.float64 if x.dtype is torch.float64 else torch.float32
     frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=work) / half)
