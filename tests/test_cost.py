@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -88,6 +89,17 @@ def test_cpu_constants_reproduce_the_aten_probe_within_30_percent() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the choice
+
+
+def test_the_kernels_tiles_are_the_ones_that_the_model_counts() -> None:
+    from fsa_compile.cost.problem import ENTRIES_PER_TILE
+
+    config = pytest.importorskip("fsa_compile.templates.config", exc_type=ImportError)
+    assert config.ENTRIES_PER_TILE == ENTRIES_PER_TILE
+    for head_dim, block_size, itemsize in itertools.product((16, 80, 128, 256), (16, 64, 128, 256), (2, 4)):
+        problem = at(head_dim=head_dim, block_size=block_size, itemsize=itemsize)
+        sizes = config.StaticSizes(4, 4, head_dim, 128, 16, block_size, itemsize, False)
+        assert sizes.num_chunks == problem.chunks
 
 
 def test_decoding_takes_the_order_without_lists() -> None:

@@ -3,7 +3,8 @@
     Problem + Device --choose()--> Choice(order, costs in seconds, reason)
 
 The expressions are sympy's and can be printed: ``python -m fsa_compile.cost`` or ``print(describe())``. sympy is
-imported when the first cost is evaluated, not when the package is: it would add a third to the time of ``import torch``.
+imported when the first cost is evaluated, not when the package is: it would add a third to the time of
+``import torch``.
 """
 
 from __future__ import annotations

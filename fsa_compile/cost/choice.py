@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from .device import DEVICES, Device
-from .problem import BACKWARD_ENTRIES_PER_TILE, KV_OUTER_ROWS, LOOP_ORDERS, Problem
+from .problem import ENTRIES_PER_TILE, KV_OUTER_ROWS, LOOP_ORDERS, Problem
 
 # A loop order whose temporaries exceed this share of the device's memory is not chosen by itself: slow beats failing.
 SCRATCH_SHARE = 0.5
@@ -47,7 +47,7 @@ _Values = Callable[..., Any]
 def _arguments(problem: Problem, device: Device) -> tuple[float, ...]:
     p = problem
     sizes = (p.batch, p.seq_len, p.seq_len_k, p.num_kv_heads, p.gqa_group_size, p.head_dim, p.head_dim_v)
-    tiles = (p.query_rows, max(KV_OUTER_ROWS, p.gqa_group_size), BACKWARD_ENTRIES_PER_TILE)
+    tiles = (p.query_rows, KV_OUTER_ROWS, ENTRIES_PER_TILE, p.chunks)
     flops = device.flops if p.itemsize <= 2 else device.flops_fp32
     rates = (device.dram_bandwidth, device.l2_bandwidth, device.scatter_reach, device.sort_rate)
     # In floats: the products of large sizes stay finite where they would be slow as big integers.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 _TERA = 1e12
 _GIGA = 1e9
@@ -29,15 +30,15 @@ class Device:
     kind: str = "cuda"  # "cuda" (ROCm too) or "cpu"
 
 
-def _gpu(name: str, **values: float) -> Device:
-    values.setdefault("launch_overhead", 3e-6)
+def _gpu(name: str, **values: Any) -> Device:
     num_sms = int(values.pop("num_sms"))
-    return Device(name=name, num_sms=num_sms, **values)
+    return Device(name=name, num_sms=num_sms, launch_overhead=3e-6, kind="cuda", **values)
 
 
 # H200: fitted to docs/cost-model.md's table (one H200, torch 2.11, triton 3.6, bf16, T=65536, HK=4, D=128, block 64,
-#   S=16). dram_bandwidth is 77 % of 4.8 TB/s; l2_bandwidth is 134 GB of K/V in 14 ms, where every query-outer kernel that
-#   was measured stops (13.3-18.5 ms at any G <= 16); scatter_reach makes the G=16 probe (17 GB of partials) come out right.
+#   S=16). dram_bandwidth is 77 % of 4.8 TB/s; l2_bandwidth is 137 GB of K/V in 14 ms, where every query-outer kernel
+#   that was measured stops (13.3-18.5 ms at any G <= 16); scatter_reach makes the G=16 probe (17 GB of partials) come
+#   out right.
 # Others: data sheet x the fractions that the H200 reached. Not measured.
 #   H100: the H200's die with 3.35 TB/s of HBM3. A100-80GB: 108 SMs x 64 B/clk x 1.41 GHz of L2, 2.04 TB/s.
 #   B200: 148 SMs x 64 B/clk x 1.85 GHz, 8 TB/s. MI300X: K/V come from the 17 TB/s Infinity Cache, 5.3 TB/s of HBM.

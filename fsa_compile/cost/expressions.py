@@ -12,7 +12,7 @@ import sympy
 from sympy import Expr, Integer, Max, Min, Rational, Symbol, ceiling
 
 from .device import DEVICES
-from .problem import BACKWARD_ENTRIES_PER_TILE, KV_OUTER_ROWS
+from .problem import ENTRIES_PER_TILE, KV_OUTER_ROWS
 
 
 def _sym(name: str) -> Symbol:
@@ -20,16 +20,16 @@ def _sym(name: str) -> Symbol:
 
 
 B, T, Tk, HK, G, D, DV, bs, S, w = map(_sym, ("B", "T", "Tk", "HK", "G", "D", "DV", "bs", "S", "w"))
-M_q, M_kv, N_w = _sym("M_q"), _sym("M_kv"), _sym("N_w")
+M_q, M_kv, N_w, C = map(_sym, ("M_q", "M_kv", "N_w", "C"))
 FLOPS, BW_dram, BW_L2, R_scatter = _sym("FLOPS"), _sym("BW_dram"), _sym("BW_L2"), _sym("R_scatter")
 R_sort, t_launch, SMs = _sym("R_sort"), _sym("t_launch"), _sym("SMs")
-E, W, W_b = _sym("E"), _sym("W"), _sym("W_b")
+E, W, P = map(_sym, ("E", "W", "P"))
 
 # Names that make the expressions readable; substituted before evaluation.
 DERIVED: dict[Symbol, Expr] = {
     E: B * T * HK * Min(S, ceiling(Tk / bs)),
-    W: E * G / M_kv + Min(E, B * HK * ceiling(Tk / bs)),
-    W_b: E / N_w + Min(E, B * HK * ceiling(Tk / bs)),
+    W: E / N_w + Min(E, B * HK * ceiling(Tk / bs)),
+    P: E * G * C,
 }
 
 MEANING: dict[Symbol, str] = {
@@ -44,11 +44,12 @@ MEANING: dict[Symbol, str] = {
     S: "num_selected, blocks that a query selects",
     w: "bytes of an element of q, k, v",
     M_q: "rows of the query-outer tile: G rounded up to a power of two, at least 16",
-    M_kv: f"rows of the KV-outer tile ({KV_OUTER_ROWS}); a tile holds M_kv / G entries",
-    N_w: f"entries of one work item of the backward's KV-outer pass ({BACKWARD_ENTRIES_PER_TILE})",
+    M_kv: f"rows of the KV-outer tile ({KV_OUTER_ROWS}), each a query head of an entry",
+    N_w: f"entries that one work item of a KV-outer pass serves ({ENTRIES_PER_TILE})",
+    C: "chunks of a block: 1 where 64 keys of it fit on chip and it has no more",
     E: "entries: (token, KV head, selected block) triples",
-    W: "tiles of the forward's KV-outer pass, one partly filled tile for each list included",
-    W_b: "work items of the backward's KV-outer pass",
+    W: "work items of a KV-outer pass; every list's last one is partly filled",
+    P: "rows of partials: one for each entry, query head and chunk",
     FLOPS: "matmul rate at the inputs' dtype, 1/s (a multiply-add is two)",
     BW_dram: "DRAM bandwidth that a streaming kernel reaches, B/s",
     BW_L2: "L2 bandwidth that a gathering kernel reaches, B/s",
@@ -59,7 +60,7 @@ MEANING: dict[Symbol, str] = {
 }
 
 SIZES = (B, T, Tk, HK, G, D, DV, bs, S, w)
-TILES = (M_q, M_kv, N_w)
+TILES = (M_q, M_kv, N_w, C)
 CONSTANTS = (FLOPS, BW_dram, BW_L2, R_scatter, R_sort, t_launch, SMs)
 
 
@@ -110,7 +111,6 @@ def _tensor(rows: Expr, *widths: Expr) -> Expr:
 
 
 _q_rows, _k_rows = B * T * HK * G, B * Tk * HK
-_entry_rows = E * G
 _programs_q = B * T * HK
 
 _LISTS = Pass(
@@ -125,6 +125,9 @@ _DELTA = Pass(
     "rowsum(grad_out * out)",
     dram_bytes=_tensor(_q_rows, DV, DV) + 4 * _q_rows,
 )
+
+# An item's last matmul tile is half empty on average.
+_kv_rows = E * G + W * M_kv / 2
 
 FORWARD_PASSES: dict[str, tuple[Pass, ...]] = {
     "nsa": (
@@ -143,49 +146,50 @@ FORWARD_PASSES: dict[str, tuple[Pass, ...]] = {
         Pass(
             "KV-outer partials",
             "each K/V block meets the queries that selected it: gather q rows, write one partial and its lse per entry",
-            flops=2 * W * M_kv * bs * (D + DV),
+            flops=2 * _kv_rows * bs * (D + DV),
             rows=M_kv,
-            l2_bytes=_tensor(W * bs, D, DV) + _tensor(_entry_rows, D, DV),
-            dram_bytes=_tensor(_entry_rows, D, DV) + _tensor(_k_rows, D, DV) + 4 * _entry_rows + 4 * E,
-            scattered=_tensor(_entry_rows, DV),
-            programs=W,
+            l2_bytes=_tensor(W * bs, D, DV) + _tensor(P, D, DV),
+            dram_bytes=_tensor(P, D, DV) + _tensor(_k_rows, D, DV) + 4 * P + 8 * E,
+            scattered=_tensor(P, DV),
+            programs=W * C,
         ),
         Pass(
             "merge",
             "weigh a token's S partials by their log-sum-exp and add",
-            dram_bytes=_tensor(_entry_rows, DV) + 4 * _entry_rows + _tensor(_q_rows, DV) + 4 * _q_rows,
+            dram_bytes=_tensor(P, DV) + 4 * P + _tensor(_q_rows, DV) + 4 * _q_rows,
         ),
     ),
 }
 
+_dkv_tiles = 4 * W * bs * (D + DV)
 _TILE_SUM = Pass(
     "sum tiles",
     "add the float32 dk, dv tiles of a block's work items",
-    dram_bytes=4 * W_b * bs * (D + DV) + _tensor(_k_rows, D, DV),
+    dram_bytes=_dkv_tiles + _tensor(_k_rows, D, DV),
     launches=2,
 )
 
 BACKWARD_PASSES: dict[str, tuple[Pass, ...]] = {
     "nsa": (
         _DELTA,
+        _LISTS,
+        Pass(
+            "KV-outer dk dv",
+            "s = q k', dp = do v', dv = p' do, dk = ds' q: gather q and do rows, one float32 tile for each work item",
+            flops=2 * _kv_rows * bs * (2 * D + 2 * DV),
+            rows=M_kv,
+            l2_bytes=_tensor(W * bs, D, DV) + _tensor(P, D, DV),
+            dram_bytes=_tensor(P, D, DV) + 8 * P + 8 * E + _dkv_tiles,
+            programs=W * C,
+        ),
         Pass(
             "query-outer dq",
-            "s = q k', dp = do v', dq = ds k; K/V blocks read again for every token",
+            "s, dp, dq = ds k; K/V blocks read again for every token",
             flops=2 * E * bs * M_q * (2 * D + DV),
             rows=M_q,
             l2_bytes=_tensor(E * bs, D, DV),
             dram_bytes=_tensor(_q_rows, D, DV, D) + _tensor(_k_rows, D, DV) + 8 * _q_rows + 4 * E,
             programs=_programs_q,
-        ),
-        _LISTS,
-        Pass(
-            "KV-outer dk dv",
-            "s, dp, dv = p' do, dk = ds' q: gather q and do rows, one float32 tile for each work item",
-            flops=2 * (E * G + W_b * M_kv / 2) * bs * (2 * D + 2 * DV),
-            rows=M_kv,
-            l2_bytes=_tensor(W_b * bs, D, DV) + _tensor(_entry_rows, D, DV),
-            dram_bytes=_tensor(_entry_rows, D, DV) + 8 * _entry_rows + 4 * E + 4 * W_b * bs * (D + DV),
-            programs=W_b,
         ),
         _TILE_SUM,
     ),
@@ -195,17 +199,17 @@ BACKWARD_PASSES: dict[str, tuple[Pass, ...]] = {
         Pass(
             "KV-outer dq dk dv",
             "s, dp, dv, dk as for nsa, and dq = ds k as one partial per entry",
-            flops=2 * (E * G + W_b * M_kv / 2) * bs * (3 * D + 2 * DV),
+            flops=2 * _kv_rows * bs * (3 * D + 2 * DV),
             rows=M_kv,
-            l2_bytes=_tensor(W_b * bs, D, DV) + _tensor(_entry_rows, D, DV, D),
-            dram_bytes=_tensor(_entry_rows, D, DV, D) + 8 * _entry_rows + 4 * E + 4 * W_b * bs * (D + DV),
-            scattered=_tensor(_entry_rows, D),
-            programs=W_b,
+            l2_bytes=_tensor(W * bs, D, DV) + _tensor(P, D, DV, D),
+            dram_bytes=_tensor(P, D, DV, D) + 8 * P + 8 * E + _dkv_tiles,
+            scattered=_tensor(P, D),
+            programs=W * C,
         ),
         Pass(
             "sum dq partials",
             "add a token's S dq partials",
-            dram_bytes=_tensor(_entry_rows, D) + _tensor(_q_rows, D),
+            dram_bytes=_tensor(P, D) + _tensor(_q_rows, D),
         ),
         _TILE_SUM,
     ),
@@ -221,13 +225,10 @@ EXPRESSIONS: dict[str, Expr] = {order: _total(passes) for order, passes in FORWA
 BACKWARD_EXPRESSIONS: dict[str, Expr] = {order: _total(passes) for order, passes in BACKWARD_PASSES.items()}
 # Seconds of the lists; a training step builds them once when both directions need them.
 LISTS_EXPRESSION: Expr = _LISTS.time()
-# Bytes of the largest moment's temporaries, (forward, backward).
+# Bytes of the largest moment's temporaries, (forward, backward); 24 bytes an entry while the lists are sorted.
 SCRATCH_EXPRESSIONS: dict[str, tuple[Expr, Expr]] = {
-    "nsa": (Integer(0), 24 * E + 4 * W_b * bs * (D + DV)),
-    "fsa": (
-        24 * E + _tensor(_entry_rows, DV) + 4 * _entry_rows,
-        24 * E + _tensor(_entry_rows, D) + 4 * W_b * bs * (D + DV),
-    ),
+    "nsa": (Integer(0), 24 * E + _dkv_tiles),
+    "fsa": (24 * E + _tensor(P, DV) + 4 * P, 24 * E + _tensor(P, D) + _dkv_tiles),
 }
 
 _PASSES = {"forward": FORWARD_PASSES, "backward": BACKWARD_PASSES}

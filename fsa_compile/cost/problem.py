@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 LOOP_ORDERS = ("fsa", "nsa")
 
-# Rows of the KV-outer pass's matmul: (entry, query head) pairs of one list, taken this many at a time.
+# The kernels' tiles, as fsa_compile.templates has them (tests compare; this package imports nothing of the other).
+# Rows of the KV-outer passes' matmuls: (entry, query head) pairs of one list, taken this many at a time.
 KV_OUTER_ROWS = 64
-# Tensor cores have no smaller row count, so the query-outer pass pads the group's heads up to it.
+# Tensor cores have no smaller row count, so the query-outer passes pad the group's heads up to it.
 MIN_QUERY_ROWS = 16
-# Entries of one work item of the backward's KV-outer pass: one [block_size, D + DV] float32 tile is written for each.
-BACKWARD_ENTRIES_PER_TILE = 256
+# Entries of one list that one work item of a KV-outer pass serves.
+ENTRIES_PER_TILE = 1024
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,10 @@ class Problem:
     def query_rows(self) -> int:
         """Rows of the query-outer matmul tile: G rounded up to a power of two, at least ``MIN_QUERY_ROWS``."""
         return max(MIN_QUERY_ROWS, 1 << (self.gqa_group_size - 1).bit_length())
+
+    @property
+    def chunks(self) -> int:
+        """Pieces that the KV-outer passes cut a block into to fit it on chip; each makes partials of its own."""
+        widest = 1 << (max(self.head_dim, self.head_dim_v) - 1).bit_length()
+        keys = 64 if widest * self.itemsize <= 512 else 32
+        return max(1, self.block_size // keys)

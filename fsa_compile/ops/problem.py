@@ -12,7 +12,7 @@ from .. import cost
 
 __all__ = ["UNKNOWN_LENGTH", "device_of", "problem_of", "size_hint"]
 
-# Assumed for a size that has no hint at all (an unbacked symbol): long enough for either order to be worth its launches.
+# Assumed for a size without a hint (an unbacked symbol): long enough for either order to be worth its launches.
 UNKNOWN_LENGTH = 8192
 
 
