@@ -9,6 +9,7 @@ parts occupy is bounded and memory linear in the length. Both loop orders of the
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,9 @@ from .schema import impl
 
 __all__ = ["selected_attention", "selected_attention_backward"]
 
-_PARTS_BYTES = 192 << 20  # of the parts of one chunk of rows
-_TILES_BYTES = 4 << 20  # of the query rows gathered at a time: what stays in cache
+_PARTS_BYTES = 256 << 20  # the most that the parts of one chunk of rows may take
+_NUM_CHUNKS = 8  # up to that size: a smaller buffer of parts stays nearer, but a block's list gets shorter
+_TILES_BYTES = 2 << 20  # of the query rows gathered at a time: what stays in cache
 _MAX_TILE_ROWS = 64
 
 
@@ -94,7 +96,8 @@ class _Problem:
         return F.pad(x.reshape(self.seq_len * self.num_kv_heads, -1), (0, 0, 0, 1))
 
     def chunks(self) -> list[tuple[int, int]]:
-        size = max(self.block_size, _PARTS_BYTES // (4 * self.num_slots * self.num_q_heads * self.width))
+        most = _PARTS_BYTES // (4 * self.num_slots * self.num_q_heads * self.width)
+        size = max(self.block_size, min(most, max(512, -(-self.seq_len // _NUM_CHUNKS))))
         return [(start, min(start + size, self.seq_len)) for start in range(0, self.seq_len, size)]
 
 
@@ -147,6 +150,15 @@ def _tile_rows(mean_length: float) -> int:
     return size
 
 
+def _parts(problem: _Problem, tiles: _Tiles, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """[num_tiles * size, G, W] in `buffer`, or in a larger one: the first touch of fresh memory costs as much as the attention."""
+    shape = (tiles.rows.shape[0], problem.group_size, problem.width)
+    count = math.prod(shape)
+    if buffer.numel() < count:
+        buffer = buffer.new_empty(count + count // 8)
+    return buffer, buffer[:count].view(shape)
+
+
 def _sum_slots(problem: _Problem, tiles: _Tiles, parts: Tensor, weights: Tensor) -> Tensor:
     """Adds up the parts of each row. parts: [num_tiles * size * G, W], weights: [rows, G, S], 0 of no slot -> [rows, G, W]."""
     places, group_size = tiles.places, problem.group_size
@@ -194,9 +206,10 @@ def _forward(problem: _Problem, out: Tensor, lse: Tensor) -> None:
     own, own_lse = _forward_diagonal(problem)
     q_rows = problem.rows(problem.q)
     k_blocks, v_blocks = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
+    buffer = own.new_empty(0)
     for start, stop in problem.chunks():
         tiles = _tiles(problem, start, stop)
-        parts = own.new_empty(tiles.rows.shape[0], group_size, width)
+        buffer, parts = _parts(problem, tiles, buffer)
         parts_lse = own.new_empty(tiles.rows.shape[0], group_size)
         for step, places in tiles.steps(group_size * width):
             blocks = tiles.blocks[step]
@@ -249,9 +262,10 @@ def _backward(problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor, dq: Ten
     k_blocks, v_blocks = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
     q_rows, grad_rows, out_rows = problem.rows(problem.q), problem.rows(grad), problem.rows(out)
     lse_rows = F.pad(lse.view(-1, group_size), (0, 0, 0, 1), value=torch.inf)  # what fills a tile has no share in the gradients
+    buffer = grad.new_empty(0)
     for start, stop in problem.chunks():
         tiles = _tiles(problem, start, stop)
-        parts = grad.new_empty(tiles.rows.shape[0], group_size, width)
+        buffer, parts = _parts(problem, tiles, buffer)
         for step, places in tiles.steps(group_size * width):
             blocks, rows = tiles.blocks[step], tiles.rows[places]
             grad_part, q_part, out_part = (
