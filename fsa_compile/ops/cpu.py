@@ -1,9 +1,10 @@
 """The selected branch on a CPU, key/value blocks outermost.
 
-The queries of each block are listed and cut into tiles of one size; a tile is attended with its block whole, and the parts of a row are
-merged by log-sum-exp in slot order (Flash Sparse Attention, arXiv 2508.18224, without its separate pass for the row statistics). A row's
-current block, the only one that needs a causal mask, is a dense band and takes no list. Rows are taken a chunk at a time, so what the
-parts occupy is bounded and memory linear in the length. Both loop orders of the operator run this.
+The queries of each block are listed and cut into tiles of one size; a tile is attended with its block whole, and the
+parts of a row are merged by log-sum-exp in slot order (Flash Sparse Attention, arXiv 2508.18224, without its separate
+pass for the row statistics). A row's current block, the only one that needs a causal mask, is a dense band and takes
+no list. Rows are taken a chunk at a time, so what the parts occupy is bounded and memory linear in the length. Both
+loop orders of the operator run this.
 """
 
 from __future__ import annotations
@@ -42,16 +43,19 @@ def selected_attention(
 
 
 def selected_attention_backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, out: Tensor,
-    lse: Tensor, *, block_size: int = 64, scale: float | None = None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, loop_order: str = "auto",
+    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, out:
+    Tensor, lse: Tensor, *, block_size: int = 64, scale: float | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, loop_order:
+    str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fsa::selected_attention_backward`: the gradients of q, k and v."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for b, rows, cols in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
-        grads = (None if x is None else x[b, rows] for x in (grad_out, grad_lse))
-        grad, q_b, k_b, v_b, out_b, lse_b = widen_gradients(*grads, q[b, rows], k[b, cols], v[b, cols], out[b, rows], lse[b, rows])
+        grad_b, grad_lse_b = (None if x is None else x[b, rows] for x in (grad_out, grad_lse))
+        grad, q_b, k_b, v_b, out_b, lse_b = widen_gradients(
+            grad_b, grad_lse_b, q[b, rows], k[b, cols], v[b, cols], out[b, rows], lse[b, rows]
+        )
         problem = _Problem(q_b, k_b, v_b, block_indices[b, rows], block_size, scale)
         dk_b, dv_b = _backward(problem, grad, out_b, lse_b, dq[b, rows])
         dk[b, cols], dv[b, cols] = dk_b[..., : k.shape[3]], dv_b[..., : v.shape[3]]
@@ -92,7 +96,9 @@ class _Problem:
         return x.permute(1, 2, 0, 3).flatten(0, 1)[: self.seq_len_k]
 
     def rows(self, x: Tensor) -> Tensor:
-        """[T, HQ, W] -> [T * HK + 1, G * W]: what one query has for one key head in a row, and a row of zeros to fill tiles with."""
+        """[T, HQ, W] -> [T * HK + 1, G * W]: what one query has for one key head in a row, and a row of zeros to fill
+        tiles with.
+        """
         return F.pad(x.reshape(self.seq_len * self.num_kv_heads, -1), (0, 0, 0, 1))
 
     def chunks(self) -> list[tuple[int, int]]:
@@ -103,7 +109,9 @@ class _Problem:
 
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
-    """The rows of one chunk, listed by block and cut into tiles. A row is `token * HK + key head`, a block `key head * NB + block`."""
+    """The rows of one chunk, listed by block and cut into tiles. A row is `token * HK + key head`, a block `key head *
+    NB + block`.
+    """
 
     rows: Tensor  # [num_tiles * size]: row of each place, T * HK where there is none
     blocks: Tensor  # [num_tiles]
@@ -119,7 +127,9 @@ class _Tiles:
 
 
 def _tiles(problem: _Problem, start: int, stop: int) -> _Tiles:
-    """Lists the slots whose block lies before the row's current one. Ids out of range, -1 and the current block are not listed."""
+    """Lists the slots whose block lies before the row's current one. Ids out of range, -1 and the current block are
+    not listed.
+    """
     num_kv_heads, num_blocks, num_slots = problem.num_kv_heads, problem.num_blocks, problem.num_slots
     ids = problem.block_indices[start:stop].long()
     whole = (ids >= 0) & (ids < problem.current[start:stop, None, None])
@@ -151,7 +161,9 @@ def _tile_rows(mean_length: float) -> int:
 
 
 def _parts(problem: _Problem, tiles: _Tiles, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """[num_tiles * size, G, W] in `buffer`, or in a larger one: the first touch of fresh memory costs as much as the attention."""
+    """[num_tiles * size, G, W] in `buffer`, or in a larger one: the first touch of fresh memory costs as much as the
+    attention.
+    """
     shape = (tiles.rows.shape[0], problem.group_size, problem.width)
     count = math.prod(shape)
     if buffer.numel() < count:
@@ -160,12 +172,14 @@ def _parts(problem: _Problem, tiles: _Tiles, buffer: Tensor) -> tuple[Tensor, Te
 
 
 def _sum_slots(problem: _Problem, tiles: _Tiles, parts: Tensor, weights: Tensor) -> Tensor:
-    """Adds up the parts of each row. parts: [num_tiles * size * G, W], weights: [rows, G, S], 0 of no slot -> [rows, G, W]."""
+    """Adds up the parts of each row. parts: [num_tiles * size * G, W], weights: [rows, G, S], 0 of no slot -> [rows,
+    G, W].
+    """
     places, group_size = tiles.places, problem.group_size
     shape = (places.shape[0], group_size, problem.width)
     if parts.shape[0] == 0:
         return parts.new_zeros(shape)
-    # a slot without a block points at another slot of its row: with weight 0 it adds nothing, unless that row is NaN anyway
+    # a slot without a block points at another one of its row: with weight 0 it adds nothing, unless that is NaN anyway
     other = places.amax(1, keepdim=True)
     index = torch.where(places < 0, other.clamp(min=0), places)
     index = index[:, None] * group_size + torch.arange(group_size)[:, None]  # [rows, G, S]
@@ -224,7 +238,8 @@ def _forward(problem: _Problem, out: Tensor, lse: Tensor) -> None:
         none = (tiles.places < 0).flatten()
         row_lse = parts_lse.new_full((none.shape[0], group_size), -torch.inf)
         if parts.shape[0]:
-            row_lse = parts_lse.index_select(0, tiles.places.flatten().clamp(min=0)).masked_fill_(none[:, None], -torch.inf)
+            row_lse = parts_lse.index_select(0, tiles.places.flatten().clamp(min=0))
+            row_lse.masked_fill_(none[:, None], -torch.inf)
         row_lse = row_lse.view(-1, num_slots, group_size).transpose(1, 2)  # [rows, G, S]
         current_lse = own_lse[start:stop].view(-1, group_size)
         highest = torch.maximum(row_lse.amax(-1), current_lse).masked_fill_(~_seen(row_lse, current_lse), 0)
@@ -261,7 +276,8 @@ def _backward(problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor, dq: Ten
     dk_blocks, dv_blocks = dk.flatten(0, 1), dv.flatten(0, 1)
     k_blocks, v_blocks = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
     q_rows, grad_rows, out_rows = problem.rows(problem.q), problem.rows(grad), problem.rows(out)
-    lse_rows = F.pad(lse.view(-1, group_size), (0, 0, 0, 1), value=torch.inf)  # what fills a tile has no share in the gradients
+    # what fills a tile has no share in the gradients
+    lse_rows = F.pad(lse.view(-1, group_size), (0, 0, 0, 1), value=torch.inf)
     buffer = grad.new_empty(0)
     for start, stop in problem.chunks():
         tiles = _tiles(problem, start, stop)
@@ -301,7 +317,9 @@ def _backward_diagonal(problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor
         heads = _heads(problem, head)
         grad_part, q_part, out_part, lse_part = (x[:, :, heads].transpose(1, 2) for x in (grad, q, out, lse))
         k, v = (x[head, blocks, None].expand(-1, problem.group_size, -1, -1) for x in (problem.k, problem.v))
-        dq_part, dk_part, dv_part = tile_backward(grad_part, q_part, k, v, out_part, lse_part, problem.scale, causal=True)
+        dq_part, dk_part, dv_part = tile_backward(
+            grad_part, q_part, k, v, out_part, lse_part, problem.scale, causal=True
+        )
         dq[:, :, heads] = dq_part.transpose(1, 2)
         dk[head, blocks], dv[head, blocks] = dk_part.sum(1), dv_part.sum(1)
     return _undiagonal(problem, dq), dk, dv

@@ -1,4 +1,5 @@
-"""Compressed and sliding-window attention on a CPU: whose keys a query sees follows from its position, so tiles need no lists.
+"""Compressed and sliding-window attention on a CPU: whose keys a query sees follows from its position, so tiles need
+no lists.
 
 Packed sequences are taken one by one.
 """
@@ -26,8 +27,8 @@ _WINDOW_ROWS = 128  # queries in a tile of the sliding window: more waste masked
 
 
 def compressed_attention(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: int | None = None,
-    scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: int | None
+    = None, scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`fsa::compressed_attention`: stage 2 of the specification, `(out, lse)`."""
@@ -54,9 +55,9 @@ def compressed_attention(
 
 
 def compressed_attention_backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse: Tensor, *,
-    kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: int | None = None, scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse:
+    Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: int | None = None, scale: float | None =
+    None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fsa::compressed_attention_backward`: the gradients of q, k_cmp and v_cmp."""
@@ -81,7 +82,9 @@ def compressed_attention_backward(
         grad_part, part, out_part = (x[:, rows, heads].transpose(1, 2) for x in (grad, q, out))
         lse_part = lse[:, rows, heads].transpose(1, 2)
         k_part, v_part = (_expand(x[:, keys, kv_heads].transpose(1, 2), part.shape[1]) for x in (k, v))
-        dq_part, dk_part, dv_part = tile_backward(grad_part, part, k_part, v_part, out_part, lse_part, scale, causal=True)
+        dq_part, dk_part, dv_part = tile_backward(
+            grad_part, part, k_part, v_part, out_part, lse_part, scale, causal=True
+        )
         dq[:, rows, heads] = dq_part.transpose(1, 2)[..., : dq.shape[3]].to(dq.dtype)
         for total, share in ((dk, dk_part), (dv, dv_part)):
             share = share.unflatten(1, (total[:, :1, kv_heads].shape[2], -1)).sum(2)
@@ -89,11 +92,13 @@ def compressed_attention_backward(
     return dq, _like(dk, k_cmp), _like(dv, v_cmp)
 
 
-def _triangles(q: Tensor, k: Tensor, kernel_size: int, kernel_stride: int) -> Iterator[tuple[slice, slice, slice, slice]]:
+def _triangles(
+    q: Tensor, k: Tensor, kernel_size: int, kernel_stride: int
+) -> Iterator[tuple[slice, slice, slice, slice]]:
     """Cuts compressed attention into plain causal triangles: rows of q, rows of k, heads of q, heads of k.
 
-    Of the queries `kernel_size - 1 + r, ... + kernel_stride, ...` the x-th sees the compressed tokens 0 ... x, for every r. The earlier
-    queries see none.
+    Of the queries `kernel_size - 1 + r, ... + kernel_stride, ...` the x-th sees the compressed tokens 0 ... x, for
+    every r. The earlier queries see none.
     """
     seq_len, num_q_heads, num_kv_heads = q.shape[1], q.shape[2], k.shape[2]
     group_size = num_q_heads // num_kv_heads
@@ -106,8 +111,8 @@ def _triangles(q: Tensor, k: Tensor, kernel_size: int, kernel_stride: int) -> It
 
 
 def sliding_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None =
+    None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`fsa::sliding_window_attention`: causal attention over the last `window_size` keys, `(out, lse)`."""
     out = q.new_empty(*q.shape[:3], v.shape[3])
@@ -132,12 +137,14 @@ def sliding_window_attention(
 
 def sliding_window_attention_backward(
     grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
-    window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None =
+    None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fsa::sliding_window_attention_backward`: the gradients of q, k and v."""
     if cu_seqlens_q is not None:
-        slices = [(rows, cols, {}) for rows, cols in sequence_slices(cu_seqlens_q, cu_seqlens_k)]
+        slices: list[tuple[slice, slice, dict]] = [
+            (rows, cols, {}) for rows, cols in sequence_slices(cu_seqlens_q, cu_seqlens_k)
+        ]
         options = {"window_size": window_size, "scale": scale}
         return _each_backward(sliding_window_attention_backward, slices, grad_out, grad_lse, q, k, v, out, lse, options)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -183,14 +190,14 @@ def _band_mask(rows: int, keys: int, own: int, window_size: int, group_size: int
 
 def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, *, block_size: int = 64, num_selected: int = 16, kernel_size: int = 32,
-    kernel_stride: int = 16, init_blocks: int = 1, local_blocks: int = 2, seq_len_k: int | None = None, scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    kernel_stride: int = 16, init_blocks: int = 1, local_blocks: int = 2, seq_len_k: int | None = None, scale: float |
+    None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None =
+    None, max_seqlen_k: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """`fsa::select_blocks`: stage 3 of the specification. [B, T, HK, num_selected] int32, ascending, -1 filling the end."""
+    """`fsa::select_blocks`: stage 3 of the specification, [B, T, HK, num_selected] int32."""
     options = {
-        "block_size": block_size, "num_selected": num_selected, "kernel_size": kernel_size, "kernel_stride": kernel_stride,
-        "init_blocks": init_blocks, "local_blocks": local_blocks, "scale": scale,
+        "block_size": block_size, "num_selected": num_selected, "kernel_size": kernel_size,
+        "kernel_stride": kernel_stride, "init_blocks": init_blocks, "local_blocks": local_blocks, "scale": scale,
     }  # fmt: skip
     if cu_seqlens_q is None:
         return dense.select_blocks(q, k_cmp, lse, seq_len_k=seq_len_k, **options)  # type: ignore[arg-type]
@@ -215,8 +222,8 @@ def _packed_windows(
 
 
 def _each_backward(
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]], slices: list[tuple[slice, slice, dict]], grad_out: Tensor | None,
-    grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: dict,
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]], slices: list[tuple[slice, slice, dict]], grad_out: Tensor
+    | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: dict,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """A backward over each packed sequence by itself."""
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
@@ -249,6 +256,7 @@ def _like(x: Tensor, like: Tensor) -> Tensor:
 
 
 for _fn in (
-    compressed_attention, compressed_attention_backward, select_blocks, sliding_window_attention, sliding_window_attention_backward,
+    compressed_attention, compressed_attention_backward, select_blocks, sliding_window_attention,
+    sliding_window_attention_backward,
 ):  # fmt: skip
     impl(_fn.__name__, _fn, "CPU")

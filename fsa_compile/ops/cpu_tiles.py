@@ -1,10 +1,14 @@
-"""Attention of small tiles on a CPU: ATen's fused CPU kernel, in float32, with the row statistics handed in from outside.
+"""Attention of small tiles on a CPU: ATen's fused CPU kernel, in float32, with the row statistics handed in from
+outside.
 
-The fused kernel keeps a tile's scores in cache and returns its log-sum-exp. Its backward takes log-sum-exp and output as arguments, so
-given those of the whole row it returns the share of one tile in the gradients of an attention over many.
+The fused kernel keeps a tile's scores in cache and returns its log-sum-exp. Its backward takes log-sum-exp and output
+as arguments, so given those of the whole row it returns the share of one tile in the gradients of an attention over
+many.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +28,8 @@ def tile_forward(
 
 
 def tile_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, *, causal: bool = False,
-    mask: Tensor | None = None,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, *, causal: bool =
+    False, mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The tile's share of dq, dk, dv. A row with `lse = inf` has none; `lse = -inf` must not occur."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -44,8 +48,8 @@ def widen_gradients(
 ) -> tuple[Tensor, ...]:
     """`widen` for the backward: (grad_out, q, k, v, out, lse) for `tile_backward`.
 
-    The kernel computes `delta = rowsum(grad_out * out)` itself, where a gradient of lse asks for `delta - grad_lse`. One column more, which
-    is 1 in grad_out, -grad_lse in out and 0 in the others, makes it so.
+    The kernel computes `delta = rowsum(grad_out * out)` itself, where a gradient of lse asks for `delta - grad_lse`.
+    One column more, which is 1 in grad_out, -grad_lse in out and 0 in the others, makes it so.
     """
     width = max(q.shape[-1], v.shape[-1])
     if grad_out is None:
@@ -60,10 +64,12 @@ def widen_gradients(
 
 
 def sequence_slices(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> list[tuple[slice, slice]]:
-    """The rows of the queries and of the keys of each packed sequence that has queries. Reads `cu_seqlens`, which is on the CPU here."""
+    """The rows of the queries and of the keys of each packed sequence that has queries. Reads `cu_seqlens`, which is
+    on the CPU here.
+    """
     bounds_q = cu_seqlens_q.tolist()
     bounds_k = bounds_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
-    pairs = zip(zip(bounds_q, bounds_q[1:]), zip(bounds_k, bounds_k[1:]))
+    pairs = zip(itertools.pairwise(bounds_q), itertools.pairwise(bounds_k), strict=True)
     return [(slice(*rows), slice(*cols)) for rows, cols in pairs if rows[1] > rows[0]]
 
 

@@ -1,8 +1,8 @@
 """The stages other than the selected branch in chunked plain PyTorch, for any device.
 
-Queries are taken a chunk at a time against the keys that the chunk can see, so memory is linear in the length and no matrix has a side per
-query and one per key. Lengths and shapes alone decide what is launched: nothing is read back from the device, and a CUDA graph can hold
-all of it. Packed sequences are told apart by masks computed on the device.
+Queries are taken a chunk at a time against the keys that the chunk can see, so memory is linear in the length and no
+matrix has a side per query and one per key. Lengths and shapes alone decide what is launched: nothing is read back
+from the device, and a CUDA graph can hold all of it. Packed sequences are told apart by masks computed on the device.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _SCORE_BYTES_DEFAULT = 256 << 20
 
 
 def compressed_attention(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: int | None = None,
-    scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: int | None
+    = None, scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`fsa::compressed_attention`: stage 2 of the specification, `(out, lse)`."""
@@ -45,9 +45,9 @@ def compressed_attention(
 
 
 def compressed_attention_backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse: Tensor, *,
-    kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: int | None = None, scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse:
+    Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: int | None = None, scale: float | None =
+    None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fsa::compressed_attention_backward`: the gradients of q, k_cmp and v_cmp."""
@@ -58,8 +58,8 @@ def compressed_attention_backward(
 
 
 def sliding_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None =
+    None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`fsa::sliding_window_attention`: causal attention over the last `window_size` keys, `(out, lse)`."""
     return attend(q, k, v, sliding_visibility(q, k.shape[1], window_size, cu_seqlens_q, cu_seqlens_k), scale)
@@ -67,8 +67,8 @@ def sliding_window_attention(
 
 def sliding_window_attention_backward(
     grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
-    window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None =
+    None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fsa::sliding_window_attention_backward`: the gradients of q, k and v."""
     visibility = sliding_visibility(q, k.shape[1], window_size, cu_seqlens_q, cu_seqlens_k)
@@ -77,12 +77,12 @@ def sliding_window_attention_backward(
 
 def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, *, block_size: int = 64, num_selected: int = 16, kernel_size: int = 32,
-    kernel_stride: int = 16, init_blocks: int = 1, local_blocks: int = 2, seq_len_k: int | None = None, scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    kernel_stride: int = 16, init_blocks: int = 1, local_blocks: int = 2, seq_len_k: int | None = None, scale: float |
+    None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None =
+    None, max_seqlen_k: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """`fsa::select_blocks`: stage 3 of the specification. [B, T, HK, num_selected] int32, ascending, -1 filling the end."""
-    batch, seq_len, num_q_heads, head_dim = q.shape
+    """`fsa::select_blocks`: stage 3 of the specification, [B, T, HK, num_selected] int32."""
+    batch, seq_len, _, head_dim = q.shape
     num_compressed, num_kv_heads = k_cmp.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
     visibility = compressed_visibility(
@@ -123,8 +123,8 @@ def _block_scores(
 ) -> Tensor:
     """Sums group probabilities over the compressed tokens that touch each block.
 
-    weights: [B, HK, rows, n], of the compressed tokens from `lo` on; `steps` tokens start in a block and `overlap` touch a token's stride.
-    Returns [B, HK, rows, num_blocks].
+    weights: [B, HK, rows, n], of the compressed tokens from `lo` on; `steps` tokens start in a block and `overlap`
+    touch a token's stride. Returns [B, HK, rows, num_blocks].
     """
     count = weights.shape[-1]
     if first is None:
@@ -135,7 +135,8 @@ def _block_scores(
             boxes = boxes + weights[..., shift : span + shift]
         return boxes.unflatten(-1, (num_blocks, steps)).sum(-1)
     span = count + overlap  # scores at every compressed token, of which each query then takes those at its own blocks
-    weights = F.pad(weights, (overlap - 1, steps + overlap))  # the queries of other sequences left zeros, which add nothing
+    # the tokens of other sequences are zeros, which add nothing
+    weights = F.pad(weights, (overlap - 1, steps + overlap))
     boxes = functools.reduce(torch.add, (weights[..., n : n + span + steps - 1] for n in range(overlap)))
     score = functools.reduce(torch.add, (boxes[..., m : m + span] for m in range(steps)))
     block = torch.arange(num_blocks, device=weights.device)
@@ -146,10 +147,11 @@ def _block_scores(
 
 
 def _top_blocks(score: Tensor, current: Tensor, num_selected: int, init_blocks: int, local_blocks: int) -> Tensor:
-    """[B, HK, rows, num_blocks] scores, [rows, 1] current block -> [B, HK, rows, num_selected] ids, ascending, -1 at the end.
+    """[B, HK, rows, num_blocks] scores, [rows, 1] current block -> [B, HK, rows, num_selected] ids, ascending, -1 at
+    the end.
 
-    A block's key is its score's bits above its negated id. Scores are not negative, so that orders as score and then id do, and as no two
-    keys are equal, top-k, which promises nothing for ties, has one answer.
+    A block's key is its score's bits above its negated id. Scores are not negative, so that orders as score and then
+    id do, and as no two keys are equal, top-k, which promises nothing for ties, has one answer.
     """
     num_blocks = score.shape[-1]
     block = torch.arange(num_blocks, device=score.device)
@@ -164,7 +166,9 @@ def _top_blocks(score: Tensor, current: Tensor, num_selected: int, init_blocks: 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the visible keys. q: [B, T, HQ, D], k: [B, N, HK, D], v: [B, N, HK, DV] -> [B, T, HQ, DV], [B, T, HQ] f32."""
+    """Softmax attention over the visible keys. q: [B, T, HQ, D], k: [B, N, HK, D], v: [B, N, HK, DV] -> [B, T, HQ,
+    DV], [B, T, HQ] f32.
+    """
     batch, seq_len, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
@@ -237,7 +241,9 @@ def attend_backward(
 
 
 def _chunks(visibility: Visibility, q: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """Cuts the queries so that a chunk's scores fit the budget: (start, stop) of the queries, (lo, hi) of the keys they can see."""
+    """Cuts the queries so that a chunk's scores fit the budget: (start, stop) of the queries, (lo, hi) of the keys
+    they can see.
+    """
     batch, seq_len, num_q_heads, _ = q.shape
     budget = _SCORE_BYTES.get(q.device.type, _SCORE_BYTES_DEFAULT) // (4 * batch * num_q_heads)
     most = _MAX_ROWS if visibility.window is None else min(_MAX_ROWS, max(64, visibility.window // 2))
@@ -282,7 +288,7 @@ def _by_token(x: Tensor, batch: int, rows: int) -> Tensor:
 def mean_compress(
     x: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """`fsa::mean_compress`: the mean of each window. [B, T, H, D] -> [B, NC, H, D], packed [1, T // kernel_stride, H, D]."""
+    """`fsa::mean_compress`: the mean of each window, [B, NC, H, D]; packed [1, T // kernel_stride, H, D]."""
     batch, seq_len, heads, head_dim = x.shape
     if cu_seqlens is None:
         overlap = kernel_size // kernel_stride
@@ -313,7 +319,7 @@ def mean_compress(
 def mean_compress_backward(
     grad_out: Tensor, *, seq_len: int, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """`fsa::mean_compress_backward`: each token gets the gradients of the windows that hold it, divided by `kernel_size`."""
+    """`fsa::mean_compress_backward`: each token gets the gradients of its windows, divided by their size."""
     batch, count, heads, head_dim = grad_out.shape
     overlap = kernel_size // kernel_stride
     if cu_seqlens is None:
@@ -341,7 +347,8 @@ def mean_compress_backward(
 
 
 for _fn in (
-    compressed_attention, compressed_attention_backward, select_blocks, sliding_window_attention, sliding_window_attention_backward,
+    compressed_attention, compressed_attention_backward, select_blocks, sliding_window_attention,
+    sliding_window_attention_backward,
 ):  # fmt: skip
     impl(_fn.__name__, _fn, "CUDA")
 for _fn in (mean_compress, mean_compress_backward):  # type: ignore[assignment]

@@ -12,7 +12,9 @@ __all__ = ["Visibility", "compressed_visibility", "packed_windows", "sliding_vis
 
 @dataclasses.dataclass(frozen=True)
 class Visibility:
-    """Query `t` sees key `i` iff both are of one sequence and `t - window < last position of i <= t`, positions within the sequence."""
+    """Query `t` sees key `i` iff both are of one sequence and `t - window < last position of i <= t`, positions within
+    the sequence.
+    """
 
     q_position: Tensor  # [T] int
     k_position: Tensor  # [N] int: the last position that the key covers
@@ -55,8 +57,8 @@ class Visibility:
 
 
 def compressed_visibility(
-    q: Tensor, num_compressed: int, kernel_size: int, kernel_stride: int, seq_len_k: int | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_k: int | None,
+    q: Tensor, num_compressed: int, kernel_size: int, kernel_stride: int, seq_len_k: int | None, cu_seqlens_q: Tensor
+    | None, cu_seqlens_k: Tensor | None, max_seqlen_k: int | None,
 ) -> Visibility:  # fmt: skip
     """Compressed tokens are seen when their whole window is in the past."""
     seq_len = q.shape[1]
@@ -93,7 +95,7 @@ def sliding_visibility(
 
 
 def token_sequences(cu_seqlens: Tensor, total_len: int) -> tuple[Tensor, Tensor]:
-    """The sequence of each packed token and its position there. cu_seqlens: [num_seqs + 1] int32 -> two [total_len] int."""
+    """The sequence of each packed token and its position there, [total_len] each."""
     index = torch.arange(total_len, device=cu_seqlens.device, dtype=torch.int32)
     sequence = torch.searchsorted(cu_seqlens, index, right=True).sub_(1).clamp_(0, cu_seqlens.shape[0] - 2)
     return sequence, index - cu_seqlens[sequence]
@@ -102,10 +104,11 @@ def token_sequences(cu_seqlens: Tensor, total_len: int) -> tuple[Tensor, Tensor]
 def packed_windows(
     cu_seqlens: Tensor, rows: int, kernel_size: int, kernel_stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What each row of the packed compressed tokens is: its sequence, which window of it, and whether there is such a window.
+    """What each row of the packed compressed tokens is: its sequence, which window of it, and whether there is such a
+    window.
 
-    The last sequence that starts at or before a row owns it: windows fill at most `len // kernel_stride` rows, so an earlier sequence's
-    rows end before a later one starts, and one with the same start has no windows.
+    The last sequence that starts at or before a row owns it: windows fill at most `len // kernel_stride` rows, so an
+    earlier sequence's rows end before a later one starts, and one with the same start has no windows.
     """
     starts = cu_seqlens[:-1] // kernel_stride
     index = torch.arange(rows, device=cu_seqlens.device, dtype=torch.int32)
