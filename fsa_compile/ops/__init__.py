@@ -10,6 +10,6 @@ from . import composite as composite
 from . import fakes as fakes
 from . import schema as schema
 
-for _name in ("dense", "cpu", "loop_order", "cuda"):
+for _name in ("dense", "cpu_bands", "cpu", "loop_order", "cuda"):
     with suppress(ImportError):
         importlib.import_module(f"{__name__}.{_name}")

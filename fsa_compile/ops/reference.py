@@ -134,7 +134,7 @@ def block_scores(
     logits = _logits(q, k_cmp, scale).masked_fill(~visible, -torch.inf)  # [B, T, HQ, NC]
     lse = lse.to(logits.dtype).masked_fill(lse == -torch.inf, 0)  # such a row sees nothing: exp(-inf - 0) = 0
     p = (logits - lse[..., None]).exp()
-    group = p.view(batch, seq_len, num_kv_heads, -1, num_compressed).sum(3)  # [B, T, HK, NC]
+    group = p.unflatten(2, (num_kv_heads, q.shape[2] // num_kv_heads)).sum(3)  # [B, T, HK, NC]
     steps, overlap = block_size // kernel_stride, kernel_size // kernel_stride
     num_blocks = -(-length // block_size)
     group = F.pad(group, (overlap - 1, max(0, steps * num_blocks - num_compressed)))
