@@ -211,6 +211,7 @@ def max_autotune() -> bool:
 
 @functools.cache
 def _kernel_type(imports: str) -> type:
+    from sympy import sympify
     from torch._inductor.select_algorithm import TritonTemplateKernel
 
     class PackageTemplateKernel(TritonTemplateKernel):
@@ -221,15 +222,36 @@ def _kernel_type(imports: str) -> type:
         def gen_common_triton_imports(cls) -> str:
             return f"{super().gen_common_triton_imports()}\n{imports}\n"
 
+        @property
+        def index_dtype(self) -> str:
+            # Type of the dynamic sizes. Strides are products of them, and may pass 2**31 where no size does.
+            return "tl.int64"
+
         def render(self, *args: Any, **kwargs: Any) -> Any:
-            self._register_extra_template_env_fns(self.call_size)
+            self._register_extra_template_env_fns(self.call_size, self.call_length, self.length)
             return super().render(*args, **kwargs)
 
-        def call_size(self, index: int) -> str:
-            """Hook of the shells: a size that no input has, from the choice's ``call_sizes``; an argument when it is dynamic."""
+        def _code(self, size: Any) -> str:
             from torch._inductor.codegen.triton import texpr
-            import sympy
-            return texpr(self.rename_indexing(sympy.sympify(self.call_sizes[index])))
+
+            return texpr(self.rename_indexing(sympify(size)))
+
+        def _int32(self, size: Any) -> str:
+            code = self._code(size)
+            return code if code.isdecimal() else f"({code}).to(tl.int32)"
+
+        def call_size(self, index: int) -> str:
+            """Hook of the shells: a size that no input has, from the choice's ``call_sizes``."""
+            return self._code(self.call_sizes[index])
+
+        def call_length(self, index: int) -> str:
+            """The same for a sequence length, which fits 32 bits."""
+            return self._int32(self.call_sizes[index])
+
+        def length(self, name: str | None, index: int) -> str:
+            """Hook of the shells: a sequence length, out of the shape of an input or (None) of the output."""
+            node = self.output_node if name is None else self.named_input_nodes[name]
+            return self._int32(node.get_size()[index])
 
     return PackageTemplateKernel
 

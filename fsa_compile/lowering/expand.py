@@ -24,14 +24,13 @@ from torch.utils import _pytree as pytree
 
 from .. import cost, debug
 from ..ops import cuda
-from . import _inductor, lower
+from ..ops.problem import device_of, problem_of
+from . import lower
 
-__all__ = ["Site", "collect_sites", "expand_graph"]
+__all__ = ["Site", "collect_sites", "expand_graph", "semantic_operators"]
 
 log = logging.getLogger(__name__)
 
-# Assumed where a length has no hint at all (an unbacked symbol): long enough for either order to be worth its launches.
-_UNKNOWN_LENGTH = 8192
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 # Facts about the replaced call itself, wrong for the calls that replace it.
@@ -101,6 +100,11 @@ def _sequences() -> dict[Any, Callable[..., Any]]:
     }
 
 
+def semantic_operators() -> tuple[torch._ops.OpOverload, ...]:
+    """The operators that the pass replaces."""
+    return tuple(_sequences())
+
+
 def _site(node: fx.Node, matched: bool, choice: cost.Choice | None = None, reason: str = "") -> Site:
     return Site(
         op=str(node.target._schema.name),  # type: ignore[union-attr]
@@ -133,35 +137,6 @@ def _identity(bound: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(bound[name] for name in names)
 
 
-def problem_of(bound: dict[str, Any]) -> cost.Problem:
-    """The sizes that the cost model wants, from likely values of the symbolic ones."""
-    q, k, v, block_indices = (_value(bound[name]) for name in ("q", "k", "v", "block_indices"))
-
-    def size(tensor: torch.Tensor, dim: int) -> int:
-        return max(1, _inductor.optimization_hint(tensor.shape[dim], _UNKNOWN_LENGTH))
-
-    return cost.Problem(
-        batch=size(q, 0),
-        seq_len=size(q, 1),
-        seq_len_k=size(k, 1),
-        num_kv_heads=size(k, 2),
-        gqa_group_size=max(1, size(q, 2) // size(k, 2)),
-        head_dim=size(q, 3),
-        head_dim_v=size(v, 3),
-        block_size=bound["block_size"],
-        num_selected=size(block_indices, 3),
-        itemsize=q.dtype.itemsize,
-    )
-
-
-def _device_of(device: torch.device) -> cost.Device:
-    try:
-        name = torch.cuda.get_device_name(device)
-    except (RuntimeError, AssertionError):  # compiling for a GPU that is not here
-        name = ""
-    return cost.device_for(name, device.type)
-
-
 class _Expansion:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -174,14 +149,13 @@ class _Expansion:
         bound = _bound(node)
         q = _value(bound["q"])
         if q.device.type != "cuda":
-            device = cost.device_for("", "cpu")
-            choice = cost.choose(problem_of(bound), device, bound["loop_order"])
+            choice = self._choose(bound)
             return _site(node, False, reason=f"runs on {q.device.type}: {choice.reason}")
         if debug.is_validating():
             return _site(node, False, reason="fsa_compile.debug validates, which only the eager operator does")
         if any(user.target is not operator.getitem for user in node.users):
             return _site(node, False, reason="its results are used as one tuple")
-        choice = self._choose(bound, _device_of(q.device))
+        choice = self._choose(bound)
         lower.register()
         arguments = {name: x for name, x in bound.items() if name not in _UNUSED}
         if arguments["scale"] is None:
@@ -190,13 +164,18 @@ class _Expansion:
         self._inline(node, arguments, traced)
         return _site(node, True, choice)
 
-    def _choose(self, bound: dict[str, Any], device: cost.Device) -> cost.Choice:
+    def _choose(self, bound: dict[str, Any]) -> cost.Choice:
+        """One choice for a forward and its backward: their lists are shared."""
         key = _identity(bound)
         if key not in self.choices:
-            both = key in self.trained and "out" not in bound
-            alone = not both and "out" in bound
+            q, k, v, block_indices = (_value(bound[name]) for name in ("q", "k", "v", "block_indices"))
+            is_backward = "grad_out" in bound
             self.choices[key] = cost.choose(
-                problem_of(bound), device, bound["loop_order"], training=both, backward=alone
+                problem_of(q, k, v, block_indices, bound["block_size"]),
+                device_of(q),
+                bound["loop_order"],
+                training=not is_backward and key in self.trained,
+                backward=is_backward,
             )
         return self.choices[key]
 

@@ -16,7 +16,7 @@ import torch
 
 from .. import debug
 from . import _inductor
-from .expand import expand_graph
+from .expand import expand_graph, semantic_operators
 
 __all__ = ["FsaPass", "PASS", "PassChain", "disable", "enable", "is_enabled", "source_hash", "warn_if_replaced"]
 
@@ -119,6 +119,7 @@ def enable() -> None:
     after another package has overwritten that slot. Functions that are compiled already stay as they are.
     """
     PASS.active = True
+    _watch()
     if not _in_slot():
         if _inductor.slot_passes():
             _write((*_inductor.slot_passes(), PASS))
@@ -142,6 +143,23 @@ def disable() -> None:
 def is_enabled() -> bool:
     """Whether compiling now would run the pass: switched on, and in the slot."""
     return PASS.active and _in_slot()
+
+
+@functools.cache
+def _watch() -> None:
+    """Notice a replaced slot: the semantic operators then reach Inductor, so it is their lowerings that look."""
+    _inductor.on_compile_start(_watch_operators)
+
+
+@functools.cache
+def _watch_operators() -> None:
+    for op in semantic_operators():
+        _inductor.register_lowering(op, functools.partial(_as_it_is, op))
+
+
+def _as_it_is(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    warn_if_replaced(op._schema.name)
+    return _inductor.fallback(op)(*args, **kwargs)
 
 
 _warned: set[str] = set()

@@ -183,30 +183,30 @@ def _selected_fwd_kv_outer(
     lists, tables = lists_and_tables[:4], lists_and_tables[4:]
     sizes = _sizes(q, k, v, block_indices, block_size, tables[0] is not None)
     shape = [*block_indices.get_size(), sizes.num_chunks, sizes.group]
-    partial_lse = _inductor.empty(shape, torch.float32, q.get_device())
+    partial_stats = _inductor.empty([*shape, 2], torch.float32, q.get_device())
     inputs = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "block_indices_ptr": block_indices, **_given(_LISTS, lists)}
     partial_out = _call(
         selected_fwd_kv_outer,
         selected_fwd_kv_outer.meta(sizes),
-        {**inputs, "partial_lse_ptr": partial_lse, **_given(_QUERY_TABLES, tables)},
+        {**inputs, "partial_stats_ptr": partial_stats, **_given(_QUERY_TABLES, tables)},
         [math.prod(shape), sizes.head_dim_v],
         q.get_dtype(),
         (lists[1].get_size()[0], sizes.num_chunks, 1),
-        ("partial_lse_ptr",),
+        ("partial_stats_ptr",),
         scale,
         BenchmarkInputs(block_indices, k.get_size()[1], block_size, tables[0], q.get_device()),
     )
-    return _inductor.view(partial_out, [*shape, sizes.head_dim_v]), partial_lse
+    return _inductor.view(partial_out, [*shape, sizes.head_dim_v]), partial_stats
 
 
 def _merge_partials(
-    partial_out: Any, partial_lse: Any, block_indices: Any, *tables: Any, seq_len_k: Any, block_size: int
+    partial_out: Any, partial_stats: Any, block_indices: Any, *tables: Any, seq_len_k: Any, block_size: int
 ) -> tuple[Any, Any]:
     shape = _partial_shape(partial_out, block_size)
     batch, seq_len = block_indices.get_size()[:2]
     num_q_heads = shape.num_kv_heads * shape.group
     lse = _inductor.empty([batch, seq_len, num_q_heads], torch.float32, partial_out.get_device())
-    inputs = {"partial_out_ptr": partial_out, "partial_lse_ptr": partial_lse, "block_indices_ptr": block_indices}
+    inputs = {"partial_out_ptr": partial_out, "partial_stats_ptr": partial_stats, "block_indices_ptr": block_indices}
     out = _call(
         merge_partials,
         merge_partials.meta(shape, tables[0] is not None),
