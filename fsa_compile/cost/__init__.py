@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .choice import Choice, PassTime, breakdown, choose, scratch_bytes
+from .choice import Choice, PassTime, breakdown, choose, format_seconds, scratch_bytes
 from .device import DEVICES, Device, device_for
 from .problem import LOOP_ORDERS, Problem
 
@@ -32,6 +32,7 @@ __all__ = [
     "choose",
     "describe",
     "device_for",
+    "format_seconds",
     "scratch_bytes",
 ]
 

@@ -119,11 +119,12 @@ def scratch_bytes(problem: Problem, order: str, *, training: bool = False) -> fl
     return float(max(forward, backward) if training else forward)
 
 
-def _time(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * scale >= 1 or unit == "us":
+def format_seconds(seconds: float) -> str:
+    """A time for people, three digits: ``1.23 s``, ``4.56 ms`` or ``78.9 us``."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
             return f"{seconds * scale:.3g} {unit}"
-    raise AssertionError("unreachable")
+    return f"{seconds * 1e6:.3g} us"
 
 
 @lru_cache(maxsize=4096)
@@ -162,8 +163,8 @@ def choose(
         mine, other = costs[order], costs[_OTHER[order]]
         ratio = f"{other / mine:.1f}x faster" if other >= mine else f"{mine / other:.1f}x slower"
         return (
-            f"{order} ({_LONG_NAME[order]}) {scope} is predicted at {_time(mine)}, {ratio} than "
-            f"{_OTHER[order]} ({_LONG_NAME[_OTHER[order]]}) at {_time(other)}, "
+            f"{order} ({_LONG_NAME[order]}) {scope} is predicted at {format_seconds(mine)}, {ratio} than "
+            f"{_OTHER[order]} ({_LONG_NAME[_OTHER[order]]}) at {format_seconds(other)}, "
             f"for gqa_group_size {problem.gqa_group_size} and seq_len {problem.seq_len} on {device.name}"
         )
 

@@ -23,8 +23,8 @@ def size_hint(size: Any, fallback: int = UNKNOWN_LENGTH) -> int:
     from torch.fx.experimental import symbolic_shapes
 
     # torch 2.11 has size_hint only, which later versions deprecate for optimization_hint.
-    hint = getattr(symbolic_shapes, "optimization_hint", None) or symbolic_shapes.size_hint
-    return int(hint(size, fallback=fallback))
+    name = "optimization_hint" if hasattr(symbolic_shapes, "optimization_hint") else "size_hint"
+    return int(getattr(symbolic_shapes, name)(size, fallback=fallback))
 
 
 def problem_of(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | Any, block_size: int) -> cost.Problem:

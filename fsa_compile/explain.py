@@ -1,0 +1,347 @@
+"""What `torch.compile` would make of a model: its attention sites, the loop order of each and why, its graph breaks."""
+
+from __future__ import annotations
+
+import os
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import cost, debug
+from .lowering import Site
+from .lowering.install import PASS, is_enabled
+from .ops.problem import device_of, problem_of
+from .ops.schema import signature
+
+__all__ = ["Explanation", "GraphBreak", "Site", "explain"]
+
+_NSA_OPS = ("nsa_attention", "selected_attention")
+_NOT_NSA = "dense attention, not NSA; plain-PyTorch NSA is not recognised in this release"
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, _PACKAGE + os.sep)
+_DEMO = os.path.join(_PACKAGE, "demo") + os.sep  # the demo's model is a user's model
+_EXPLANATION = re.compile(r"^\s*Explanation: (.*)$", re.MULTILINE)
+_WRAPPED = re.compile(r": got ([A-Za-z_.]+\(.*\))$", re.MULTILINE)
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+# Nodes of a dynamo graph are named by the function, whatever module re-exports it.
+_DENSE = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention"}
+_SOFTMAX = {"softmax", "_softmax"}
+_MATMUL = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__"}
+_HOPS = 6  # dropout, casts, reshapes between a softmax and its matmul
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Where `torch.compile` had to leave the graph, and why."""
+
+    reason: str
+    where: str | None  # "file:line"
+
+    def __str__(self) -> str:
+        return f"{self.where or 'unknown place'}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. `print` it, or read the fields.
+
+    sites: every attention found, in the order of the graphs. NSA sites (`op` starts with `"fsa::"`) have `loop_order`,
+        `costs` (predicted seconds by loop order, forward or forward + backward) and `where` whether or not they are
+        `matched`; dense ones are never matched.
+    graph_breaks: one for each place where the graph broke.
+    num_graphs: graphs that were captured.
+    errors: what failed while explaining; empty if all went well.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    graph_breaks: list[GraphBreak] = field(default_factory=list)
+    num_graphs: int = 0
+    errors: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join(_report(self))
+
+    __repr__ = __str__
+
+
+def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
+    """Capture `fn(*args, **kwargs)` as `torch.compile` would and say what becomes of its attention.
+
+    The captured graphs run eagerly, so `fn` is called once for real: side effects such as running statistics of a
+    batch norm happen (the state of the random generators is put back). Nothing is compiled, on no device. The
+    predicted choice is the lowering's: the same cost model, forward + backward where the result requires grad.
+
+    Dynamo is reset before and after, as `torch._dynamo.explain` does: functions that are compiled already are captured
+    again at their next call, and then mostly found in Inductor's cache.
+
+    Args:
+        fn: a function or module, compiled by `torch.compile` or not.
+        args, kwargs: what it is called with. Put tensors on the device that the question is about.
+
+    Returns:
+        an `Explanation`. Never raises because of the model: what failed is in `.errors`.
+    """
+    sites: list[Site] = []
+    breaks: list[GraphBreak] = []
+    errors: list[str] = []
+    num_graphs = 0
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal num_graphs
+        num_graphs += 1
+        try:
+            sites.extend(_sites(gm))
+            breaks.extend(_graph_break(gm))
+        except Exception as error:
+            errors.append(f"reading a captured graph: {_message(error)}")
+        return gm.forward
+
+    torch._dynamo.reset()
+    counted = _counted_breaks()
+    try:
+        with torch.random.fork_rng(devices=_cuda_in_use()):
+            torch.compile(_uncompiled(fn), backend=backend)(*args, **kwargs)
+    except Exception as error:
+        errors.append(f"calling {_name(fn)}: {_message(error)}")
+    finally:
+        # A break before a frame's first operation leaves no graph that could tell of it.
+        told = {b.reason for b in breaks}
+        breaks += [GraphBreak(r, None) for r in map(_summary, _counted_breaks() - counted) if r not in told]
+        torch._dynamo.reset()
+    if not num_graphs and not errors:
+        errors.append(
+            f"torch.compile captured nothing of {_name(fn)}: is it switched off, or is there no tensor in it?"
+        )
+    return Explanation(sites, breaks, num_graphs, errors)
+
+
+# ---------------------------------------------------------------------------------------------------------- capture
+
+
+def _uncompiled(fn: Any) -> Any:
+    """The function or module that `torch.compile` was given."""
+    for name in ("_orig_mod", "_torchdynamo_orig_callable"):
+        fn = getattr(fn, name, fn)
+    return fn
+
+
+def _cuda_in_use() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+
+
+def _counted_breaks() -> Counter[str]:
+    from torch._dynamo.utils import counters
+
+    return Counter(counters["graph_break"])
+
+
+def _graph_break(gm: fx.GraphModule) -> Iterator[GraphBreak]:
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and getattr(reason, "graph_break", False):
+        frames = [(f.filename, f.lineno) for f in reason.user_stack]
+        yield GraphBreak(_summary(str(reason.reason)), _innermost(frames))
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0]
+
+
+def _summary(reason: str) -> str:
+    """Dynamo's headline and explanation of a break, without its hints."""
+    explanation = _EXPLANATION.search(reason)
+    return _first_line(reason) + (f". {explanation.group(1)}" if explanation else "")
+
+
+def _message(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error)
+    # Dynamo wraps what an operator's checks raise on fake tensors and adds the user's frames.
+    wrapped = _WRAPPED.search(text)
+    if wrapped is None:
+        return f"{type(error).__name__}: {_first_line(text) or 'no message'}"
+    return f"{wrapped.group(1)} at {_short(_innermost(_FRAME.findall(text)))}"
+
+
+def _name(fn: Any) -> str:
+    fn = _uncompiled(fn)
+    return getattr(fn, "__qualname__", None) or type(fn).__qualname__
+
+
+def _innermost(frames: list[tuple[str, Any]]) -> str | None:
+    """`file:line` of the innermost frame that is neither torch's nor ours; of the innermost one if all are."""
+    for file, line in reversed(frames):
+        if file.startswith(_DEMO) or not file.startswith(_LIBRARIES):
+            return f"{file}:{line}"
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else None
+
+
+def _where(node: fx.Node) -> str | None:
+    return _innermost(_FRAME.findall(node.meta.get("stack_trace") or ""))
+
+
+# ------------------------------------------------------------------------------------------------------------ sites
+
+
+def _sites(gm: fx.GraphModule) -> Iterator[Site]:
+    """Sites of a graph and of the bodies of its higher-order operators (checkpointed regions, loops)."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                name = _function(node)
+                if name.startswith("fsa::") and name.removeprefix("fsa::") in _NSA_OPS:
+                    yield _nsa_site(node, name)
+                elif name in _DENSE or (name in _SOFTMAX and _feeds_matmul(node)):
+                    shown = name if name in _DENSE else "softmax, then matmul"
+                    yield Site(shown, False, None, reason=_NOT_NSA, where=_where(node))
+
+
+def _function(node: fx.Node) -> str:
+    """Name of what a node calls; `fsa::name` for an operator of ours."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name
+    elif isinstance(node.target, torch._ops.OpOverloadPacket):
+        name = str(node.target._qualified_op_name)
+    else:
+        return getattr(node.target, "__name__", "")
+    return name if name.startswith("fsa::") else name.split("::")[-1]
+
+
+def _feeds_matmul(softmax: fx.Node) -> bool:
+    reached, frontier = {softmax}, {softmax}
+    for _ in range(_HOPS):
+        frontier = {user for node in frontier for user in node.users} - reached
+        if any(_function(node) in _MATMUL for node in frontier):
+            return True
+        reached |= frontier
+    return False
+
+
+def _nsa_site(node: fx.Node, name: str) -> Site:
+    where = _where(node)
+    try:
+        choice, kind = _choice(node, name)
+    except Exception as error:
+        return Site(name, False, None, reason=f"could not be read: {_message(error)}", where=where)
+    obstacle = _obstacle(kind)
+    reason = f"{obstacle}; {choice.reason}" if obstacle else choice.reason
+    return Site(name, not obstacle, choice.order, dict(choice.costs), reason, where)
+
+
+def _choice(node: fx.Node, name: str) -> tuple[cost.Choice, str]:
+    """The lowering's choice for one call, and its device's type."""
+    bound = signature(name.removeprefix("fsa::")).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    arguments = bound.arguments
+
+    def value(name: str) -> torch.Tensor:
+        return arguments[name].meta["example_value"]
+
+    q = value("q")
+    blocks = arguments["num_selected"] if arguments["block_indices"] is None else value("block_indices")
+    problem = problem_of(q, value("k"), value("v"), blocks, arguments["block_size"])
+    out = node.meta["example_value"]
+    out = out if isinstance(out, torch.Tensor) else out[0]
+    # The result tells what autocast made of the inputs, and whether a backward will follow.
+    problem = replace(problem, itemsize=out.dtype.itemsize)
+    choice = cost.choose(problem, device_of(q), arguments["loop_order"], training=out.requires_grad)
+    return choice, q.device.type
+
+
+def _obstacle(device_type: str) -> str:
+    """Why the lowering would leave a site alone; empty if it would not."""
+    if device_type != "cuda":
+        return f"runs on {device_type}, where the operator is called as it is"
+    if not PASS.active:
+        return "the lowering is switched off (fsa_compile.enable() switches it on)"
+    if not is_enabled():
+        return "another pass has taken the place of fsa_compile's (call fsa_compile.enable() again)"
+    if debug.is_validating():
+        return "fsa_compile.debug validates values, which only the eager operator does"
+    return ""
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+_WIDTH = 110
+_HEAD = ("", "where", "operator", "lowered", "order", *(f"{order} predicted" for order in cost.LOOP_ORDERS), "speed-up")
+_LEFT = 5  # columns that are words
+
+
+def _report(e: Explanation) -> Iterator[str]:
+    nsa = [s for s in e.sites if s.op.startswith("fsa::")]
+    dense = [s for s in e.sites if not s.op.startswith("fsa::")]
+    lowered = sum(s.matched for s in nsa)
+    yield (
+        f"fsa_compile: {_count(len(nsa), 'NSA site')}, {lowered} lowered to kernels; "
+        f"{_count(e.num_graphs, 'graph')}, {_count(len(e.graph_breaks), 'graph break')}"
+    )
+    if nsa:
+        yield ""
+        rows = [_row(i, s) for i, s in enumerate(nsa, 1)]
+        yield from _table([_HEAD, *rows])
+        yield "  Predicted is the time of the selected branch."
+        yield ""
+        yield "Why"
+        yield from _numbered(s.reason for s in nsa)
+    if dense:
+        yield ""
+        yield "Other attention, left alone"
+        yield from _numbered(f"{_short(s.where)}  {s.op}: {s.reason}" for s in dense)
+    yield ""
+    if e.graph_breaks:
+        yield "Graph breaks"
+        yield from _numbered(f"{_short(b.where)}  {b.reason}" for b in e.graph_breaks)
+    else:
+        yield "Graph breaks: none"
+    if e.errors:
+        yield ""
+        yield "Could not be explained"
+        yield from _numbered(e.errors)
+
+
+def _row(number: int, site: Site) -> tuple[str, ...]:
+    times = tuple(cost.format_seconds(site.costs[o]) if o in site.costs else "-" for o in cost.LOOP_ORDERS)
+    speedup = "-"
+    if site.loop_order and site.costs:
+        others = [seconds for order, seconds in site.costs.items() if order != site.loop_order]
+        speedup = f"{min(others) / site.costs[site.loop_order]:.1f}x"
+    lowered = "yes" if site.matched else "no"
+    return (str(number), _short(site.where), site.op, lowered, site.loop_order or "-", *times, speedup)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for i, row in enumerate(rows):
+        cells = [c.ljust(w) if j < _LEFT else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))]
+        yield ("  " + "  ".join(cells)).rstrip()
+        if i == 0:
+            yield "  " + "  ".join("-" * w for w in widths)
+
+
+def _numbered(texts: Any) -> Iterator[str]:
+    for i, text in enumerate(texts, 1):
+        yield from textwrap.wrap(text, _WIDTH, initial_indent=f"  {i}  ", subsequent_indent="     ") or [f"  {i}"]
+
+
+def _short(where: str | None) -> str:
+    """A place relative to the working directory if it is in there, else its last two parts."""
+    if where is None:
+        return "?"
+    relative = os.path.relpath(where)
+    return os.sep.join(where.split(os.sep)[-2:]) if relative.startswith(os.pardir) else relative
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
