@@ -1,4 +1,4 @@
-"""How to call each operator on the inputs of a spec, and what it returns with its gradients, from any implementation."""
+"""How to call each operator on the inputs of a spec, and what any implementation returns, with its gradients."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def compressed(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def call_of(name: str, x: Inputs) -> Call:
-    """A call of operator `name` on `x`. nsa_attention is given its blocks: selection jumps, and has tests of its own."""
+    """A call of operator `name` on `x`. nsa_attention is given its blocks, as selection jumps."""
     s = x.spec
     if name == "mean_compress":
         return Call(name, (x.k,), (), {**s.windows, "cu_seqlens": x.cu_seqlens})
@@ -77,7 +77,7 @@ def results(value: Any) -> tuple[Tensor, ...]:
 
 
 def run(fn: Callable[..., Any], call: Call, upstream: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
-    """Results, and the gradients of the floating arguments for these upstream gradients (None: that result is unused)."""
+    """Results, and gradients of the floating arguments for these upstream ones (None: that result is unused)."""
     leaves = [x.detach().requires_grad_() for x in call.floating]
     outs = results(fn(*leaves, *call.others, **call.options))
     used = [(o, g.to(o.dtype)) for o, g in zip(outs, upstream, strict=True) if g is not None]

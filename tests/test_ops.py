@@ -34,9 +34,11 @@ def check_against_reference(name: str, spec: Spec, device: str, dtype: torch.dty
         assert h.is_contiguous()
         assert h.dtype == (torch.float32 if i else dtype)
         assert_within_budget(h, w, e, f"{name} result {i} of {spec}, {dtype}", dtype)
+    few = name != "mean_compress" and (spec.seq_len_k <= 3 or (name.startswith("sliding") and spec.window_size == 1))
     for i, (h, w, e) in enumerate(zip(have_grads, want_grads, eager_grads, strict=True)):
         assert h.dtype == dtype
-        assert_within_budget(h, w, e, f"{name} gradient {i} of {spec}, {dtype}", dtype, gradient=True)
+        cancels = few or (i < 2 and h.numel() < 512)
+        assert_within_budget(h, w, e, f"{name} gradient {i} of {spec}, {dtype}", dtype, cancels)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -264,7 +266,7 @@ def test_opcheck(device: str, spec: Spec) -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_autocast(device: str, name: str) -> None:
-    """float32 inputs are cast as a matmul's are, lse stays float32, gates stay as they are, gradients come in float32."""
+    """float32 inputs are cast as a matmul's are; lse and gates stay as they are; gradients come in float32."""
     call = call_of(name, make_inputs(NAMED["plain"], device))
     leaves = [x.detach().requires_grad_() for x in call.floating]
     with torch.autocast(device, torch.bfloat16):
