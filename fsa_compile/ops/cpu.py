@@ -241,13 +241,13 @@ def _forward(problem: _Problem, out: Tensor, lse: Tensor) -> None:
             row_lse = parts_lse.index_select(0, tiles.places.flatten().clamp(min=0))
             row_lse.masked_fill_(none[:, None], -torch.inf)
         row_lse = row_lse.view(-1, num_slots, group_size).transpose(1, 2)  # [rows, G, S]
-        current_lse = own_lse[start:stop].view(-1, group_size)
+        current_lse = own_lse[start:stop].reshape(-1, group_size)
         highest = torch.maximum(row_lse.amax(-1), current_lse).masked_fill_(~_seen(row_lse, current_lse), 0)
         total = (row_lse - highest[..., None]).exp_().sum(-1) + (current_lse - highest).exp_()
         total = total.log_().add_(highest)  # -inf where nothing is seen
         anchor = total.masked_fill(total == -torch.inf, 0)
         merged = _sum_slots(problem, tiles, parts.flatten(0, 1), (row_lse - anchor[..., None]).exp_())
-        merged += own[start:stop].view(-1, group_size, width) * (current_lse - anchor).exp_()[..., None]
+        merged += own[start:stop].reshape(-1, group_size, width) * (current_lse - anchor).exp_()[..., None]
         out[start:stop] = merged.view(stop - start, -1, width)[..., : out.shape[2]].to(out.dtype)
         lse[start:stop] = total.view(stop - start, -1)
 
