@@ -55,11 +55,13 @@ def widen_gradients(
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grad_out, out = _widen(grad_out, width), _widen(out, width)
+    nothing = lse == -torch.inf
     if grad_lse is not None:
         width += 1
+        grad_lse = grad_lse.masked_fill(nothing, 0)  # its lse is a constant, whatever came back for it
         grad_out = torch.cat([grad_out, torch.ones_like(grad_lse)[..., None]], -1)
         out = torch.cat([out, -grad_lse[..., None]], -1)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    lse = lse.masked_fill(nothing, torch.inf)
     return grad_out, _widen(q, width), _widen(k, width), _widen(v, width), out, lse
 
 

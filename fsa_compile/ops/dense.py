@@ -201,7 +201,8 @@ def attend_backward(
     num_kv_heads = k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing: exp(s - inf) = 0
+    nothing = lse == -torch.inf
+    lse = lse.masked_fill(nothing, torch.inf)  # a row that sees nothing: exp(s - inf) = 0
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dtypes = k.dtype, v.dtype
     k, v = _by_head(k), _by_head(v)
@@ -214,7 +215,7 @@ def attend_backward(
             continue
         delta = (grad_out[:, rows].float() * out[:, rows].float()).sum(-1)
         if grad_lse is not None:
-            delta = delta - grad_lse[:, rows]
+            delta = delta - grad_lse[:, rows].masked_fill(nothing[:, rows], 0)
         q_rows, do = _by_group(q[:, rows], num_kv_heads), _by_group(grad_out[:, rows], num_kv_heads)
         p = (
             _bmm(q_rows, k[:, lo:hi].transpose(1, 2))

@@ -1,0 +1,212 @@
+"""What is special to the CPU implementations and to the chunked plain PyTorch that CUDA uses for the same stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from budget import assert_within_budget
+from calls import Call, backward_call, call_of, run, selection_of, upstream_of
+from specs import Spec, make_inputs
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fsa_compile.ops import cpu, cpu_bands, dense, reference
+
+ATTENTION = ("compressed_attention", "selected_attention", "sliding_window_attention")
+fsa = torch.ops.fsa
+
+# Sizes of which no chunk, tile or block is a divisor, so that every loop ends in a ragged piece.
+SIZES = (
+    Spec(name="ragged", seq_len=331, gqa_group_size=3, head_dim_v=24, window_size=70),
+    Spec(name="batch", batch=2, seq_len=150, window_size=33),
+    Spec(name="more_keys", batch=2, seq_len=75, extra_keys=122, window_size=40),
+    Spec(name="packed", lengths=(3, 0, 150, 41, 90), window_size=33),
+    Spec(name="packed_more_keys", lengths=(9, 130, 2), extra_keys=37, window_size=33),
+)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets so small that these sizes cross many borders."""
+    monkeypatch.setattr(dense, "_SCORE_BYTES", {"cpu": 4 * 6 * 100 * 5})
+    monkeypatch.setattr(dense, "_MAX_ROWS", 50)
+    monkeypatch.setattr(cpu_bands, "_WINDOW_ROWS", 24)
+    monkeypatch.setattr(cpu, "_PARTS_BYTES", 1)
+    monkeypatch.setattr(cpu, "_TILES_BYTES", 1)
+
+
+def check(call: Call, forward: Any, backward: Any) -> None:
+    """An implementation's forward and backward against the float64 reference."""
+    upstream = upstream_of(call)
+    want, want_grads = run(call.reference(), call.to(torch.float64), upstream)
+    eager, eager_grads = run(call.reference(), call, upstream)
+    have = forward(*call.args, **call.options)
+    for i, triple in enumerate(zip(have, want, eager, strict=True)):
+        assert_within_budget(*triple, f"{call.name} result {i}", call.args[0].dtype)
+    grads = backward(*upstream, *call.args, *have, **call.options)
+    for i, triple in enumerate(zip(grads, want_grads, eager_grads, strict=True)):
+        assert_within_budget(*triple, f"{call.name} gradient {i}")
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("spec", SIZES, ids=str)
+def test_chunk_borders(spec: Spec, name: str) -> None:
+    check(call_of(name, make_inputs(spec)), getattr(fsa, name), getattr(fsa, f"{name}_backward"))
+
+
+@pytest.mark.parametrize("small", (False, True))
+@pytest.mark.parametrize("name", ("compressed_attention", "sliding_window_attention"))
+@pytest.mark.parametrize("spec", SIZES, ids=str)
+def test_masked_chunks(spec: Spec, name: str, small: bool, request: pytest.FixtureRequest) -> None:
+    """The path of CUDA, which tells packed sequences apart by masks; it runs on any device."""
+    if small:
+        request.getfixturevalue("small_chunks")
+    check(call_of(name, make_inputs(spec)), getattr(dense, name), getattr(dense, f"{name}_backward"))
+
+
+@pytest.mark.parametrize("small", (False, True))
+@pytest.mark.parametrize("implementation", (dense.select_blocks, cpu_bands.select_blocks), ids=("masked", "cpu"))
+@pytest.mark.parametrize("spec", SIZES, ids=str)
+def test_selection_across_chunks(spec: Spec, implementation: Any, small: bool, request: pytest.FixtureRequest) -> None:
+    if small:
+        request.getfixturevalue("small_chunks")
+    call = selection_of(make_inputs(spec))
+    want = reference.select_blocks(*(x.double() for x in call.args), **call.options)
+    assert torch.equal(implementation(*call.args, **call.options), want)
+
+
+@pytest.mark.parametrize("spec", SIZES, ids=str)
+def test_mean_compress_in_steps(spec: Spec) -> None:
+    x = make_inputs(spec)
+    call = call_of("mean_compress", x)
+    upstream = upstream_of(call)
+    want, want_grads = run(call.reference(), call.to(torch.float64), upstream)
+    have, have_grads = run(call.op(), call, upstream)
+    assert_within_budget(have[0], want[0], want[0].float())
+    assert_within_budget(have_grads[0], want_grads[0], want_grads[0].float())
+
+
+def test_equal_scores_take_the_lower_blocks() -> None:
+    """Queries of zeros score all blocks alike but the first and last: not a matter of how top-k breaks ties."""
+    seq_len, block_size = 1500, 16
+    q, k_cmp = torch.zeros(1, seq_len, 4, 8), torch.zeros(1, (seq_len - 8) // 4 + 1, 2, 8)
+    _, lse = fsa.compressed_attention(q, k_cmp, k_cmp, kernel_size=8, kernel_stride=4)
+    options = {"block_size": block_size, "kernel_size": 8, "kernel_stride": 4, "num_selected": 6}
+    have = fsa.select_blocks(q, k_cmp, lse, init_blocks=1, local_blocks=2, **options)
+    current = torch.arange(seq_len) // block_size
+    late = current >= 6
+    expected = torch.stack([torch.full_like(current, i) for i in range(4)] + [current - 1, current], -1)
+    assert torch.equal(have[0, late], expected[late, None].expand(-1, 2, -1).int())
+
+
+def test_packed_sequences_are_computed_as_if_alone() -> None:
+    """Forward and backward; not bit for bit, as a product's rounding may depend on how its operands are aligned."""
+    spec = Spec(lengths=(37, 0, 90, 1, 52), gqa_group_size=3)
+    x = make_inputs(spec)
+    for name in ATTENTION:
+        call = call_of(name, x)
+        outs = call.op()(*call.args, **call.options)
+        grads = backward_call(call, outs).op()(*outs, *call.args, *outs, **call.options)
+        start = 0
+        for length in spec.lengths or ():
+            rows = slice(start, start + length)
+            start += length
+            if length == 0:
+                continue
+            first = rows.start // spec.kernel_stride
+            cols = rows if name != "compressed_attention" else slice(first, first + max(0, (length - 8) // 4 + 1))
+            args = (call.args[0][:, rows], *(y[:, cols] for y in call.args[1:3]), *(y[:, rows] for y in call.args[3:]))
+            drop = ("cu_seqlens_q", "max_seqlen_q", "seq_len_k")
+            options = {key: value for key, value in call.options.items() if key not in drop}
+            alone = call.op()(*args, **options)
+            for a, b in zip(alone, outs, strict=True):
+                torch.testing.assert_close(a, b[:, rows])
+            grads_alone = backward_call(call, outs).op()(*alone, *args, *alone, **options)
+            for a, b, part in zip(grads_alone, grads, (rows, cols, cols), strict=True):
+                torch.testing.assert_close(a, b[:, part])
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_same_bits_twice(name: str) -> None:
+    call = call_of(name, make_inputs(Spec(seq_len=400, gqa_group_size=4)))
+    upstream = upstream_of(call)
+    first, second = (run(call.op(), call, upstream) for _ in range(2))
+    for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_nan_stays_in_its_row(name: str) -> None:
+    """Rows share tiles and tables of parts: what one query has must not leak into another."""
+    call = call_of(name, make_inputs(Spec(seq_len=200)))
+    clean = call.op()(*call.args, **call.options)
+    q = call.args[0].clone()
+    rows = torch.tensor([0, 63, 150])
+    q[:, rows] = torch.nan
+    dirty = call.op()(q, *call.args[1:], **call.options)
+    others = torch.ones(200, dtype=torch.bool).index_fill(0, rows, False)
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a[:, others], b[:, others])
+    assert dirty[0][:, 150].isnan().all()
+
+
+def test_ids_that_are_no_past_block_add_nothing() -> None:
+    spec = Spec(seq_len=100, extra_keys=13)
+    x = make_inputs(spec)
+    position = torch.arange(100) + 13
+    blocks = x.block_indices
+    future = (position // spec.block_size)[:, None, None] + 1
+    for wild in (future.expand_as(blocks), torch.full_like(blocks, 2**31 - 1), torch.full_like(blocks, -7)):
+        have = fsa.selected_attention(x.q, x.k, x.v, torch.where(blocks < 0, wild, blocks).int(), block_size=16)
+        want = fsa.selected_attention(x.q, x.k, x.v, blocks, block_size=16)
+        assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
+@pytest.mark.parametrize("name,module", [*((name, fsa) for name in ATTENTION), ("compressed_attention", dense)])
+def test_a_row_without_keys_has_no_gradient(name: str, module: Any) -> None:
+    """Not even when an infinite gradient of its lse comes back, as that of `lse ** 2` would be."""
+    call = call_of(name, make_inputs(Spec(seq_len=50, kernel_size=32)))
+    out, lse = call.op()(*call.args, **call.options)
+    grads = getattr(module, f"{name}_backward")(torch.ones_like(out), 2 * lse, *call.args, out, lse, **call.options)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[0][lse == -torch.inf] == 0).all()
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the most elements in a tensor that an operator returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("masked", (False, True), ids=("cpu", "masked"))
+def test_memory_is_linear_in_the_length(masked: bool) -> None:
+    """No tensor of any stage, forward or backward, grows faster than the length or has a side per query and per key."""
+
+    def largest(seq_len: int) -> int:
+        spec = Spec(seq_len=seq_len, num_kv_heads=1, gqa_group_size=2, window_size=64, block_size=32, blocks="local")
+        x = make_inputs(spec)
+        calls = [selection_of(x)]
+        for name in ATTENTION:
+            call = call_of(name, x)
+            calls += [call, backward_call(call, [torch.ones_like(y) for y in call.op()(*call.args, **call.options)])]
+        with _Largest() as mode:
+            for call in calls:
+                fn = getattr(dense, call.name, None) if masked else None
+                fn = fn or getattr(cpu_bands, call.name, None) or getattr(cpu, call.name)
+                fn(*call.args, **call.options)
+        return mode.numel
+
+    small, big = largest(2048), largest(8192)
+    assert big <= 4.5 * max(small, (4 << 20) // 4)
+    assert big < 8192 * 8192 // 16
