@@ -127,7 +127,7 @@ def block_scores(
     scale: float | None = None,
 ) -> Tensor:
     """Scores of the blocks of unpacked sequences, nothing forced or masked: [B, T, HK, ceil(Tk / block_size)]."""
-    batch, seq_len, _, _ = q.shape
+    seq_len = q.shape[1]
     num_compressed, num_kv_heads = k_cmp.shape[1:3]
     length = seq_len if seq_len_k is None else seq_len_k
     visible = _visible_windows(q, k_cmp, length, kernel_size, kernel_stride)
