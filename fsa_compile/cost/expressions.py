@@ -46,7 +46,7 @@ MEANING: dict[Symbol, str] = {
     M_q: "rows of the query-outer tile: G rounded up to a power of two, at least 16",
     M_kv: f"rows of the KV-outer tile ({KV_OUTER_ROWS}), each a query head of an entry",
     N_w: f"entries that one work item of a KV-outer pass serves ({ENTRIES_PER_TILE})",
-    C: "chunks of a block: 1 where 64 keys of it fit on chip and it has no more",
+    C: "chunks that the KV-outer passes cut a block into: 1 where the whole of it fits on chip",
     E: "entries: (token, KV head, selected block) triples",
     W: "work items of a KV-outer pass; every list's last one is partly filled",
     P: "rows of partials: one for each entry, query head and chunk",

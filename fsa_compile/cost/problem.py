@@ -47,5 +47,5 @@ class Problem:
     def chunks(self) -> int:
         """Pieces that the KV-outer passes cut a block into to fit it on chip; each makes partials of its own."""
         widest = 1 << (max(self.head_dim, self.head_dim_v) - 1).bit_length()
-        keys = 64 if widest * self.itemsize <= 512 else 32
+        keys = 64 if self.itemsize < 4 else max(16, 4096 // widest)
         return max(1, self.block_size // keys)
