@@ -36,8 +36,6 @@ __all__ = ["fuses_epilogue", "register"]
 log = logging.getLogger(__name__)
 
 _SHELLS = Path(_templates.__file__).parent
-# What the shells name besides the device functions of their own module.
-_SHARED = {"lists": "chunk_keys, head_base, list_rows, list_tile, load_chunk", "tiles": "dot, store_tile"}
 _QUERY_TABLES = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seq_ids_ptr")
 _BLOCK_TABLES = ("cu_seqlens_k_ptr", "block_base_ptr", "block_seq_ids_ptr")
 _LISTS = ("entries_ptr", "tile_list_ptr", "tile_offsets_ptr", "list_offsets_ptr")
@@ -63,10 +61,10 @@ def _row_grid(num_rows: Any, seq_len_k: Any, meta: Meta, *, cdiv: Any) -> tuple[
 
 @functools.cache
 def _template(module: ModuleType, grid: Callable[..., tuple[Any, Any, Any]]) -> Any:
-    package, name = module.__name__.rsplit(".", 1)
-    functions = [f for f in vars(module) if f.startswith(name) and not f.endswith("_kernel")]
-    imports = [f"from {package}.{shared} import {names}" for shared, names in _SHARED.items()]
-    imports.append(f"from {module.__name__} import {', '.join(functions)}")
+    name = module.__name__.rsplit(".", 1)[1]
+    # A shell can name what the eager kernel can.
+    functions = {f: x.fn.__module__ for f, x in vars(module).items() if hasattr(x, "fn") and not f.endswith("_kernel")}
+    imports = [f"from {where} import {f}" for f, where in sorted(functions.items())]
     return _inductor.triton_template(f"fsa_{name}", (_SHELLS / f"{name}.jinja").read_text(), imports, grid)
 
 
