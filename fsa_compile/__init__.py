@@ -11,13 +11,24 @@ from .api import (
     selected_attention,
     sliding_window_attention,
 )
+from .explain import Explanation, explain
+from .lowering import disable, enable, is_enabled
+
+__version__ = "0.1.0"
 
 __all__ = [
+    "Explanation",
     "compressed_attention",
     "debug",
+    "disable",
+    "enable",
+    "explain",
+    "is_enabled",
     "mean_compress",
     "nsa_attention",
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",
 ]
+
+enable()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from contextlib import suppress
-
 from . import autograd as autograd
 from . import composite as composite
+from . import cpu as cpu
+from . import cuda as cuda
+from . import dense as dense
 from . import fakes as fakes
+from . import loop_order as loop_order
 from . import schema as schema
-
-for _name in ("dense", "cpu_bands", "cpu", "loop_order", "cuda"):
-    with suppress(ImportError):
-        importlib.import_module(f"{__name__}.{_name}")
