@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu_bands as cpu_bands  # the other stages: importing this module registers a CPU's operators
 from .cpu_tiles import sequence_slices, tile_backward, tile_forward, widen, widen_gradients
 from .schema import impl
 
