@@ -275,8 +275,8 @@ def _obstacle(device_type: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- report
 
 _WIDTH = 110
-_HEAD = ("", "where", "operator", "lowered", "order", *(f"{order} predicted" for order in cost.LOOP_ORDERS), "speed-up")
-_LEFT = 5  # columns that are words
+_WORDS = ("", "where", "operator", "calls", "lowered", "order")
+_HEAD = (*_WORDS, *(f"{order} predicted" for order in cost.LOOP_ORDERS), "speed-up")
 
 
 def _report(e: Explanation) -> Iterator[str]:
@@ -288,17 +288,17 @@ def _report(e: Explanation) -> Iterator[str]:
         f"{_count(e.num_graphs, 'graph')}, {_count(len(e.graph_breaks), 'graph break')}"
     )
     if nsa:
+        alike = _alike(nsa)
         yield ""
-        rows = [_row(i, s) for i, s in enumerate(nsa, 1)]
-        yield from _table([_HEAD, *rows])
+        yield from _table([_HEAD, *(_row(i, s, n) for i, (s, n) in enumerate(alike, 1))])
         yield "  Predicted is the time of the selected branch."
         yield ""
         yield "Why"
-        yield from _numbered(s.reason for s in nsa)
+        yield from _numbered(s.reason for s, _ in alike)
     if dense:
         yield ""
         yield "Other attention, left alone"
-        yield from _numbered(f"{_short(s.where)}  {s.op}: {s.reason}" for s in dense)
+        yield from _numbered(f"{_short(s.where)}  {s.op}{_times(n)}: {s.reason}" for s, n in _alike(dense))
     yield ""
     if e.graph_breaks:
         yield "Graph breaks"
@@ -311,20 +311,35 @@ def _report(e: Explanation) -> Iterator[str]:
         yield from _numbered(e.errors)
 
 
-def _row(number: int, site: Site) -> tuple[str, ...]:
+def _alike(sites: Sequence[Site]) -> list[tuple[Site, int]]:
+    """Sites that differ in nothing, as the layers of a model, once each and how many they are."""
+    counts: dict[str, tuple[Site, int]] = {}
+    for site in sites:
+        _, n = counts.get(repr(site), (site, 0))
+        counts[repr(site)] = (site, n + 1)
+    return list(counts.values())
+
+
+def _times(n: int) -> str:
+    return f" ({n} times)" if n > 1 else ""
+
+
+def _row(number: int, site: Site, calls: int) -> tuple[str, ...]:
     times = tuple(cost.format_seconds(site.costs[o]) if o in site.costs else "-" for o in cost.LOOP_ORDERS)
     speedup = "-"
     if site.loop_order and site.costs:
         others = [seconds for order, seconds in site.costs.items() if order != site.loop_order]
         speedup = f"{min(others) / site.costs[site.loop_order]:.1f}x"
     lowered = "yes" if site.matched else "no"
-    return (str(number), _short(site.where), site.op, lowered, site.loop_order or "-", *times, speedup)
+    return (str(number), _short(site.where), site.op, str(calls), lowered, site.loop_order or "-", *times, speedup)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for i, row in enumerate(rows):
-        cells = [c.ljust(w) if j < _LEFT else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            c.ljust(w) if j < len(_WORDS) else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         yield ("  " + "  ".join(cells)).rstrip()
         if i == 0:
             yield "  " + "  ".join("-" * w for w in widths)

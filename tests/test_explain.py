@@ -195,6 +195,8 @@ def test_every_layer_is_a_site(x: Tensor) -> None:
     result = explain(Stack(), x)
     assert [s.where for s in result.sites] == [SITE] * 3
     assert (result.num_graphs, result.graph_breaks) == (1, [])
+    (row,) = (line for line in str(result).splitlines() if "fsa::nsa_attention" in line)  # one line for all
+    assert row.split("fsa::nsa_attention")[1].split()[0] == "3"
 
 
 # --------------------------------------------------------------------------------------------------- seen, not matched
@@ -341,8 +343,8 @@ def test_report_is_readable(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) ->
     place = row.split("fsa::")[0].split()
     assert place[0] == "1"
     assert place[1].endswith(SELECTED.rsplit("/", 1)[-1])
-    assert row.split("fsa::selected_attention")[1].split("  ")[1:] != []
     assert [part.strip() for part in row.split("  ") if part.strip()][3:] == [
+        "1",
         "yes",
         "fsa",
         *times,
