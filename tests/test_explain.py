@@ -60,7 +60,9 @@ def fake_cuda() -> Iterator[None]:
     lowering.enable()
     with torch.no_grad(), FakeTensorMode():
         yield
-    if not was_enabled:
+    if was_enabled:
+        lowering.enable()
+    else:
         lowering.disable()
 
 
@@ -81,7 +83,9 @@ SELECTED = line_of(selected, 1)
 
 
 def test_cpu_site_has_everything_but_a_match(x: Tensor) -> None:
-    (site,) = explain(Nsa(), x).sites
+    result = explain(Nsa(), x)
+    (site,) = result.sites
+    assert (result.errors, result.graph_breaks, result.num_graphs) == ([], [], 1)
     assert (site.op, site.matched, site.loop_order, site.where) == ("fsa::nsa_attention", False, "fsa", SITE)
     assert site.reason.startswith("runs on cpu, where the operator is called as it is; the CPU path is KV-outer")
     expected = cost.Problem(2, 64, 64, 1, 2, 16, 16, 16, 4, 4)
@@ -115,7 +119,7 @@ def test_loop_order_is_taken_from_the_call(fake_cuda: None) -> None:
 def test_reason_when_the_lowering_is_off(fake_cuda: None) -> None:
     lowering.disable()
     (site,) = explain(selected, *cuda_arguments()).sites
-    assert not site.matched
+    assert (site.matched, lowering.is_enabled()) == (False, False)
     assert site.reason.startswith("the lowering is switched off (fsa_compile.enable() switches it on); ")
     assert site.loop_order == "fsa"
 
@@ -194,7 +198,7 @@ def test_every_layer_is_a_site(x: Tensor) -> None:
 
     result = explain(Stack(), x)
     assert [s.where for s in result.sites] == [SITE] * 3
-    assert (result.num_graphs, result.graph_breaks) == (1, [])
+    assert (result.num_graphs, result.graph_breaks, result.errors) == (1, [], [])
     (row,) = (line for line in str(result).splitlines() if "fsa::nsa_attention" in line)  # one line for all
     assert row.split("fsa::nsa_attention")[1].split()[0] == "3"
 
@@ -254,7 +258,7 @@ def test_graph_breaks_have_a_reason_and_a_place(x: Tensor) -> None:
     (only,) = result.graph_breaks
     assert "graph_break" in only.reason
     assert only.where == line_of(broken, 2)
-    assert (len(result.sites), result.num_graphs) == (2, 2)
+    assert (len(result.sites), result.num_graphs, result.errors) == (2, 2, [])
 
 
 def test_a_break_before_the_first_operation_is_told_every_time(x: Tensor) -> None:
