@@ -6,8 +6,9 @@ NSA order walks the blocks of a query (`_query_outer`); FSA order walks the quer
 - an *entry* is one (batch, row, key/value head, slot) of block_indices, numbered in row-major order;
 - a *list* is the entries that chose one block, numbered `hk * num_blocks + block` with blocks counted over all sequences;
 - a *tile* is up to `ENTRIES_PER_TILE` consecutive entries of a list;
-- partials are `[B, T, HK, S, C, G, D]`: C chunks of a block (1 up to 64 keys), G heads of the group. Slots whose block is not visible
-  are never written and never read.
+- partials are `[B, T, HK, S, C, G, D]`: C chunks of a block (1 up to 64 keys), G heads of the group; those of the forward come with
+  their softmax statistics `[B, T, HK, S, C, G, 2]` (maximum and sum, base 2). Slots whose block is not visible are never written and
+  never read.
 
 Nothing here waits for the device, and results do not depend on the order in which lists were built.
 """
@@ -227,7 +228,7 @@ def _selected_fwd_kv_outer_fake(
 ) -> tuple[Tensor, Tensor]:
     sizes = StaticSizes.of(q, k, v, block_indices, block_size, seq_ids is not None)
     shape = (*block_indices.shape, sizes.num_chunks, sizes.group)
-    return q.new_empty(*shape, sizes.head_dim_v), q.new_empty(shape, dtype=torch.float32)
+    return q.new_empty(*shape, sizes.head_dim_v), q.new_empty(*shape, 2, dtype=torch.float32)
 
 
 def _selected_fwd_kv_outer(
@@ -248,7 +249,7 @@ def _selected_fwd_kv_outer(
 ) -> tuple[Tensor, Tensor]:
     lists = Lists(entries, tile_list, tile_offsets, list_offsets)
     tables = (cu_seqlens_q, cu_seqlens_k, seq_ids)
-    partial_out, partial_lse = _selected_fwd_kv_outer_fake(
+    partial_out, partial_stats = _selected_fwd_kv_outer_fake(
         q, k, v, block_indices, *lists, *tables, block_size=block_size, scale=scale
     )
     selected_fwd_kv_outer.launch(
@@ -258,17 +259,17 @@ def _selected_fwd_kv_outer(
         block_indices.contiguous(),
         lists,
         partial_out,
-        partial_lse,
+        partial_stats,
         tables,
         block_size,
         scale,
     )
-    return partial_out, partial_lse
+    return partial_out, partial_stats
 
 
 define(
     f"_selected_fwd_kv_outer(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_LISTS}, {_TABLES}, *, int block_size, float scale) "
-    "-> (Tensor partial_out, Tensor partial_lse)"
+    "-> (Tensor partial_out, Tensor partial_stats)"
 )
 fake("_selected_fwd_kv_outer", _selected_fwd_kv_outer_fake)
 impl("_selected_fwd_kv_outer", _selected_fwd_kv_outer, *KERNEL_KEYS)
@@ -276,7 +277,7 @@ impl("_selected_fwd_kv_outer", _selected_fwd_kv_outer, *KERNEL_KEYS)
 
 def _merge_partials_fake(
     partial_out: Tensor,
-    partial_lse: Tensor,
+    partial_stats: Tensor,
     block_indices: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -287,12 +288,12 @@ def _merge_partials_fake(
 ) -> tuple[Tensor, Tensor]:
     batch, seq_len, num_kv_heads, _, _, group, head_dim_v = partial_out.shape
     out = partial_out.new_empty(batch, seq_len, num_kv_heads * group, head_dim_v)
-    return out, partial_lse.new_empty(batch, seq_len, num_kv_heads * group)
+    return out, partial_stats.new_empty(batch, seq_len, num_kv_heads * group)
 
 
 def _merge_partials(
     partial_out: Tensor,
-    partial_lse: Tensor,
+    partial_stats: Tensor,
     block_indices: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -303,14 +304,16 @@ def _merge_partials(
 ) -> tuple[Tensor, Tensor]:
     tables = (cu_seqlens_q, cu_seqlens_k, seq_ids)
     out, lse = _merge_partials_fake(
-        partial_out, partial_lse, block_indices, *tables, seq_len_k=seq_len_k, block_size=block_size
+        partial_out, partial_stats, block_indices, *tables, seq_len_k=seq_len_k, block_size=block_size
     )
-    merge_partials.launch(partial_out, partial_lse, block_indices.contiguous(), out, lse, tables, seq_len_k, block_size)
+    merge_partials.launch(
+        partial_out, partial_stats, block_indices.contiguous(), out, lse, tables, seq_len_k, block_size
+    )
     return out, lse
 
 
 define(
-    f"_merge_partials(Tensor partial_out, Tensor partial_lse, Tensor block_indices, {_TABLES}, *, SymInt seq_len_k, int block_size) "
+    f"_merge_partials(Tensor partial_out, Tensor partial_stats, Tensor block_indices, {_TABLES}, *, SymInt seq_len_k, int block_size) "
     "-> (Tensor out, Tensor lse)"
 )
 fake("_merge_partials", _merge_partials_fake)

@@ -16,6 +16,16 @@ Tables = tuple["torch.Tensor | None", "torch.Tensor | None", "torch.Tensor | Non
 ENTRIES_PER_TILE = 1024
 
 
+def stages(count: int) -> int:
+    """Software-pipelining depth; AMD's compiler keeps the stages in registers, where they do not fit."""
+    return 1 if torch.version.hip else count
+
+
+def warps(itemsize: int, count: int) -> int:
+    """Warps of a matrix kernel: ``count`` on tensor cores; float32 tiles lie in registers and want more of them."""
+    return count if itemsize < 4 else 4 if torch.version.hip else 8
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is >= n."""
     return 1 << max(0, n - 1).bit_length()
@@ -63,9 +73,22 @@ class StaticSizes:
         return next_power_of_2(max(self.head_dim, self.head_dim_v))
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of the widest row of a tile; what fits on chip goes by it."""
+        return self.widest * self.itemsize
+
+    @property
     def block_n(self) -> int:
-        """Keys of a block that the KV-outer kernels hold on chip at once; wider blocks are cut into ``num_chunks``."""
-        return min(self.block_size, 64 if self.widest * self.itemsize <= 512 else 32)
+        """Keys of a block that a kernel holds on chip at once; the KV-outer kernels cut wider blocks into ``num_chunks``.
+
+        float32 is multiplied without tensor cores, from registers, so it takes narrower tiles.
+        """
+        return min(self.block_size, 64 if self.itemsize < 4 else max(16, 4096 // self.widest))
+
+    @property
+    def block_g(self) -> int:
+        """Heads of a group as the query-outer kernels tile them."""
+        return max(16, next_power_of_2(self.group))
 
     @property
     def num_chunks(self) -> int:

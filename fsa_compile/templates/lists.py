@@ -109,7 +109,5 @@ def partial_slots(
     exists = rows < num_rows
     rows = tl.where(exists, rows, 0)
     n = (rows // (NUM_KV_HEADS * GROUP)).to(tl.int32)
-    _, _, first_pos, _, _ = sequence_of(
-        n, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, PACKED
-    )
+    _, _, first_pos, _, _ = sequence_of(n, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, PACKED)
     return exists, n - first_pos, (rows // GROUP) * NUM_SELECTED, rows % GROUP

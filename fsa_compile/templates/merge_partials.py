@@ -1,4 +1,4 @@
-"""FSA loop order, forward, second step: merge a row's partials by log-sum-exp."""
+"""FSA loop order, forward, second step: merge a row's partials by their softmax statistics."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import triton.language as tl
 
 from .config import Meta, PartialShape, Tables, next_power_of_2
 from .lists import partial_slots
-from .tiles import finite_max, is_visible, load_tile, store_tile
+from .tiles import finite_max, is_visible, load_tile, log_sum_exp, store_tile
 
 
 @triton.jit
 def merge_partials_tile(
-    partial_out_ptr, partial_lse_ptr, block_indices_ptr, rows, num_rows,
+    partial_out_ptr, partial_stats_ptr, block_indices_ptr, rows, num_rows,
     seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
     PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     NUM_SELECTED: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -32,28 +32,30 @@ def merge_partials_tile(
     for i in range(NUM_SELECTED * NUM_CHUNKS):
         block = tl.load(block_indices_ptr + slots + i // NUM_CHUNKS)
         seen = exists & is_visible(block, pos, BLOCK_SIZE)
-        partial = (slots * NUM_CHUNKS + i) * GROUP + g
-        lse = tl.load(partial_lse_ptr + partial, mask=seen, other=float("-inf"))
-        new_max = tl.maximum(row_max, lse)
+        partial = ((slots * NUM_CHUNKS + i) * GROUP + g) * 2
+        part_max = tl.load(partial_stats_ptr + partial, mask=seen, other=float("-inf"))
+        part_sum = tl.load(partial_stats_ptr + partial + 1, mask=seen, other=0.0)
+        new_max = tl.maximum(row_max, part_max)
         shift = finite_max(new_max)
-        row_sum = row_sum * tl.exp(row_max - shift) + tl.exp(lse - shift)
+        row_sum = row_sum * tl.exp2(row_max - shift) + part_sum * tl.exp2(part_max - shift)
         row_max = new_max
-    lse_out = tl.where(row_sum > 0, row_max + tl.log(tl.where(row_sum > 0, row_sum, 1.0)), float("-inf"))
-    shift = tl.where(row_sum > 0, lse_out, 0.0)
+    shift = finite_max(row_max)
+    total = tl.where(row_sum > 0, row_sum, 1.0)
     acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     for i in range(NUM_SELECTED * NUM_CHUNKS):
         block = tl.load(block_indices_ptr + slots + i // NUM_CHUNKS)
         seen = exists & is_visible(block, pos, BLOCK_SIZE)
         partial = (slots * NUM_CHUNKS + i) * GROUP + g
-        lse = tl.load(partial_lse_ptr + partial, mask=seen, other=float("-inf"))
+        part_max = tl.load(partial_stats_ptr + partial * 2, mask=seen, other=float("-inf"))
+        part_sum = tl.load(partial_stats_ptr + partial * 2 + 1, mask=seen, other=0.0)
         out = load_tile(partial_out_ptr, partial * HEAD_DIM_V, seen, HEAD_DIM_V, BLOCK_DV)
-        acc += tl.exp(lse - shift)[:, None] * out.to(tl.float32)
-    return acc, lse_out
+        acc += (part_sum * tl.exp2(part_max - shift) / total)[:, None] * out.to(tl.float32)
+    return acc, log_sum_exp(row_max, row_sum)
 
 
 @triton.jit
 def merge_partials_kernel(
-    partial_out_ptr, partial_lse_ptr, block_indices_ptr, out_ptr, lse_ptr, num_rows,
+    partial_out_ptr, partial_stats_ptr, block_indices_ptr, out_ptr, lse_ptr, num_rows,
     seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
     PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     NUM_SELECTED: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -61,7 +63,7 @@ def merge_partials_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     out, lse = merge_partials_tile(
-        partial_out_ptr, partial_lse_ptr, block_indices_ptr, rows, num_rows,
+        partial_out_ptr, partial_stats_ptr, block_indices_ptr, rows, num_rows,
         seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
         PACKED, NUM_KV_HEADS, GROUP, HEAD_DIM_V, NUM_SELECTED, NUM_CHUNKS, BLOCK_SIZE, BLOCK_R, BLOCK_DV,
     )  # fmt: skip
@@ -80,16 +82,16 @@ def meta(shape: PartialShape, packed: bool) -> Meta:
         "NUM_SELECTED": shape.num_selected,
         "NUM_CHUNKS": shape.num_chunks,
         "BLOCK_SIZE": shape.block_size,
-        "BLOCK_R": max(1, 2048 // block_dv),
+        "BLOCK_R": max(1, 1024 // block_dv),
         "BLOCK_DV": block_dv,
-        "num_warps": 4,
+        "num_warps": 2,
         "num_stages": 2,
     }
 
 
 def launch(
     partial_out: torch.Tensor,
-    partial_lse: torch.Tensor,
+    partial_stats: torch.Tensor,
     block_indices: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -102,5 +104,5 @@ def launch(
     num_rows = lse.numel()
     if num_rows:
         merge_partials_kernel[(triton.cdiv(num_rows, constants["BLOCK_R"]),)](
-            partial_out, partial_lse, block_indices, out, lse, num_rows, out.shape[1], seq_len_k, *tables, **constants
+            partial_out, partial_stats, block_indices, out, lse, num_rows, out.shape[1], seq_len_k, *tables, **constants
         )

@@ -83,7 +83,7 @@ def meta(tiles: torch.Tensor, num_kv_heads: int, block_size: int, packed: bool) 
         "BLOCK_SIZE": block_size,
         "BLOCK_N": block_n,
         "BLOCK_D": max(16, next_power_of_2(head_dim)),
-        "num_warps": 4,
+        "num_warps": 4 if head_dim <= 128 else 8,
         "num_stages": 2,
     }
 

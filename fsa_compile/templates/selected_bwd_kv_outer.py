@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import ENTRIES_PER_TILE, Lists, Meta, StaticSizes, Tables, sequence_args
+from .config import ENTRIES_PER_TILE, Lists, Meta, StaticSizes, Tables, sequence_args, stages, warps
 from .lists import chunk_keys, head_base, list_rows, list_tile, load_chunk
 from .tiles import LOG2E, dot, load_tile, store_tile
 
@@ -91,12 +91,12 @@ def selected_bwd_kv_outer_kernel(
 def meta(sizes: StaticSizes, with_dq: bool) -> Meta:
     """Compile-time constants and launch options."""
     return sizes.constants() | {
-        "BLOCK_M": 64 if sizes.widest * sizes.itemsize <= 256 else 32,
+        "BLOCK_M": 16 if sizes.row_bytes > 256 or sizes.itemsize == 4 else 32,
         "BLOCK_N": sizes.block_n,
         "ENTRIES_PER_TILE": ENTRIES_PER_TILE,
         "WITH_DQ": with_dq,
-        "num_warps": 4 if sizes.widest <= 64 else 8,
-        "num_stages": 2,
+        "num_warps": warps(sizes.itemsize, 4 if sizes.widest <= 128 else 8),
+        "num_stages": stages(2 if with_dq else 3) if sizes.row_bytes <= 256 else 1,
     }
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import Meta, StaticSizes, Tables, next_power_of_2, sequence_args
+from .config import Meta, StaticSizes, Tables, sequence_args, stages, warps
 from .tiles import LOG2E, dot, is_visible, load_tile, sequence_of, store_tile
 
 
@@ -88,10 +88,10 @@ def selected_bwd_query_outer_kernel(
 def meta(sizes: StaticSizes) -> Meta:
     """Compile-time constants and launch options."""
     return sizes.constants() | {
-        "BLOCK_G": max(16, next_power_of_2(sizes.group)),
+        "BLOCK_G": sizes.block_g,
         "BLOCK_N": sizes.block_n,
-        "num_warps": 4 if sizes.group > 16 or sizes.itemsize == 4 else 2,
-        "num_stages": 2,
+        "num_warps": warps(sizes.itemsize, 4 if sizes.group > 16 or sizes.widest > 128 else 2),
+        "num_stages": stages(2),
     }
 
 

@@ -1,6 +1,6 @@
 """FSA loop order, forward: one program per (tile of a block's list, chunk of the block) serves the rows that chose the block.
 
-Every partial carries its own log-sum-exp, so no statistics pass has to run first and the merge is exact for every row.
+Every partial carries its own softmax statistics, so no statistics pass has to run first and the merge is exact for every row.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import ENTRIES_PER_TILE, Lists, Meta, StaticSizes, Tables, sequence_args
+from .config import ENTRIES_PER_TILE, Lists, Meta, StaticSizes, Tables, sequence_args, warps
 from .lists import chunk_keys, head_base, list_rows, list_tile, load_chunk
-from .tiles import LOG2E, dot, finite_max, load_tile, log_sum_exp, store_tile
+from .tiles import LOG2E, dot, finite_max, load_tile, store_tile
 
 
 @triton.jit
@@ -21,7 +21,8 @@ def selected_fwd_kv_outer_step(
 ):  # fmt: skip
     """Attention of BLOCK_M rows over the keys of one chunk, with a softmax of its own.
 
-    Returns float32 ``(out [BLOCK_M, BLOCK_DV], lse [BLOCK_M])``; a row that sees no key of the chunk is 0 and ``-inf``.
+    Returns float32 ``(out [BLOCK_M, BLOCK_DV], row_max [BLOCK_M], row_sum [BLOCK_M])``: the normalised output and the softmax
+    statistics in base 2; a row that sees no key of the chunk has 0, ``-inf`` and 0.
     """
     rows = (n - first_row).to(tl.int64) * stride_qt + g * stride_qh
     q = load_tile(q_base, rows, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
@@ -31,13 +32,20 @@ def selected_fwd_kv_outer_step(
     p = tl.exp2(scores - finite_max(row_max)[:, None])
     row_sum = tl.sum(p, 1)
     out = dot(p.to(v.dtype), v) / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-    return out, log_sum_exp(row_max, row_sum)
+    return out, row_max, row_sum
+
+
+@triton.jit
+def store_stats(partial_stats_ptr, partial, valid, row_max, row_sum):
+    """Keep maximum and sum apart: rounded into one log-sum-exp, logits of 1e4 would lose the weights between partials."""
+    tl.store(partial_stats_ptr + partial * 2, row_max, mask=valid)
+    tl.store(partial_stats_ptr + partial * 2 + 1, row_sum, mask=valid)
 
 
 @triton.jit
 def selected_fwd_kv_outer_kernel(
     q_ptr, k_ptr, v_ptr, block_indices_ptr, entries_ptr, tile_list_ptr, tile_offsets_ptr, list_offsets_ptr,
-    partial_out_ptr, partial_lse_ptr,
+    partial_out_ptr, partial_stats_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, scale,
     PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
@@ -58,21 +66,21 @@ def selected_fwd_kv_outer_kernel(
         valid, n, g, partial = list_rows(
             entries_ptr, first, last, m, chunk, NUM_KV_HEADS, GROUP, NUM_SELECTED, BLOCK_SIZE // BLOCK_N, BLOCK_M
         )
-        out, lse = selected_fwd_kv_outer_step(
+        out, row_max, row_sum = selected_fwd_kv_outer_step(
             q_base, k, v, keys, valid, n, g, first_row, first_pos, stride_qt, stride_qh, scale, HEAD_DIM, BLOCK_D
         )
-        tl.store(partial_lse_ptr + partial, lse, mask=valid)
+        store_stats(partial_stats_ptr, partial, valid, row_max, row_sum)
         store_tile(partial_out_ptr, partial * HEAD_DIM_V, valid, out, HEAD_DIM_V, BLOCK_DV)
 
 
 def meta(sizes: StaticSizes) -> Meta:
     """Compile-time constants and launch options."""
     return sizes.constants() | {
-        "BLOCK_M": 128 if sizes.widest * sizes.itemsize <= 256 else 64,
+        "BLOCK_M": 16 if sizes.row_bytes > 512 else 32 if sizes.row_bytes > 256 or sizes.itemsize == 4 else 64,
         "BLOCK_N": sizes.block_n,
         "ENTRIES_PER_TILE": ENTRIES_PER_TILE,
-        "num_warps": 4,
-        "num_stages": 2,
+        "num_warps": warps(sizes.itemsize, 4),
+        "num_stages": 1,
     }
 
 
@@ -83,17 +91,17 @@ def launch(
     block_indices: torch.Tensor,
     lists: Lists,
     partial_out: torch.Tensor,
-    partial_lse: torch.Tensor,
+    partial_stats: torch.Tensor,
     tables: Tables,
     block_size: int,
     scale: float,
 ) -> None:
-    """Fill ``partial_out`` ``[B, T, HK, S, C, G, DV]`` and ``partial_lse`` ``[B, T, HK, S, C, G]`` wherever a slot's block is visible."""
+    """Fill ``partial_out`` ``[B, T, HK, S, C, G, DV]`` and ``partial_stats`` ``[B, T, HK, S, C, G, 2]`` wherever a slot's block is visible."""
     sizes = StaticSizes.of(q, k, v, block_indices, block_size, tables[0] is not None)
     num_tiles = lists.tile_list.shape[0]
     if num_tiles == 0:
         return
     selected_fwd_kv_outer_kernel[(num_tiles, sizes.num_chunks)](
-        q, k, v, block_indices, *lists, partial_out, partial_lse,
+        q, k, v, block_indices, *lists, partial_out, partial_stats,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sequence_args(q, k, tables), scale, **meta(sizes),
     )  # fmt: skip

@@ -61,7 +61,7 @@ def meta(shape: PartialShape, packed: bool) -> Meta:
         "NUM_SELECTED": shape.num_selected,
         "NUM_CHUNKS": shape.num_chunks,
         "BLOCK_SIZE": shape.block_size,
-        "BLOCK_R": max(1, 2048 // block_d),
+        "BLOCK_R": max(1, 512 // block_d),
         "BLOCK_D": block_d,
         "num_warps": 4,
         "num_stages": 2,
@@ -69,7 +69,12 @@ def meta(shape: PartialShape, packed: bool) -> Meta:
 
 
 def launch(
-    partial: torch.Tensor, block_indices: torch.Tensor, out: torch.Tensor, tables: Tables, seq_len_k: int, block_size: int
+    partial: torch.Tensor,
+    block_indices: torch.Tensor,
+    out: torch.Tensor,
+    tables: Tables,
+    seq_len_k: int,
+    block_size: int,
 ) -> None:
     """Fill ``out`` ``[B, T, HQ, D]`` from partials ``[B, T, HK, S, C, G, D]``."""
     constants = meta(PartialShape.of(partial, block_size), tables[0] is not None)
