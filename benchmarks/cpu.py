@@ -85,8 +85,8 @@ def main() -> None:
             base, ours = measure(seq_len, backward, args.rounds if seq_len <= 16384 else 1)
             ratios[seq_len] = ours / base
             rows.append({
-                "pass": name, "seq_len": seq_len, **SETTING, "threads": torch.get_num_threads(), "dense_s": f"{base:.4f}",
-                "nsa_s": f"{ours:.4f}", "nsa_over_dense": f"{ours / base:.3f}",
+                "pass": name, "seq_len": seq_len, **SETTING, "threads": torch.get_num_threads(),
+                "dense_s": f"{base:.4f}", "nsa_s": f"{ours:.4f}", "nsa_over_dense": f"{ours / base:.3f}",
             })  # fmt: skip
             print(f"{name} T={seq_len}: dense {base:8.3f} s, NSA {ours:8.3f} s: {ours / base:.3f}", flush=True)
         print(f"{name}: NSA is the faster one from T {crossover(ratios)}")
