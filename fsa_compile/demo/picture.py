@@ -47,6 +47,7 @@ def draw(path: Path, losses: list[float], block_indices: Tensor, where: str, tit
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     seq_len = block_indices.shape[0]
     count = min(_NUM_QUERIES, seq_len)
@@ -58,6 +59,7 @@ def draw(path: Path, losses: list[float], block_indices: Tensor, where: str, tit
 
     left.plot(range(1, len(losses) + 1), losses, color="#c8443c", linewidth=1.5)
     left.set(title="Training loss", xlabel="step", ylabel="nats per byte")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(alpha=0.3)
 
     num_blocks = len(kinds[0])
