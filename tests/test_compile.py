@@ -1,0 +1,423 @@
+"""torch.compile end to end: no graph breaks, few recompilations, caches that hit and miss when they should, a slot that is shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from specs import Inputs, Spec, make_inputs
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import fsa_compile
+from fsa_compile import lowering
+from fsa_compile.lowering import PASS, _inductor, install
+
+ROOT = Path(fsa_compile.__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    """Every test starts with nothing compiled and only our pass in the slot."""
+
+    def reset() -> None:
+        torch._dynamo.reset()
+        setattr(config, _inductor.SLOT, None)
+        lowering.enable()
+        install._warned.clear()
+
+    reset()
+    yield
+    reset()
+
+
+def attention(x: Inputs, loop_order: str = "auto") -> Tensor:
+    s = x.spec
+    options = {**s.windows, **s.selection, **x.packed, "window_size": s.window_size, "loop_order": loop_order}
+    return fsa_compile.nsa_attention(x.q, x.k, x.v, *x.gates, **options)
+
+
+def gradients(fn: Callable[[Inputs], Tensor], x: Inputs) -> tuple[Tensor, ...]:
+    out = fn(x)
+    weight = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view_as(out)
+    return (out, *torch.autograd.grad((out * weight).sum(), (x.q, x.k, x.v, *x.gates)))
+
+
+def assert_like(got: Any, want: Any, tolerance: float) -> None:
+    for g, w in zip(got, want, strict=True):
+        error = (g.double() - w.double()).norm() / w.double().norm().clamp(min=1e-12)
+        assert error <= tolerance, float(error)
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+# ---- on any device --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_compiled_is_eager(training: bool, dynamic: bool, device: str) -> None:
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(attention, fullgraph=True, dynamic=dynamic, backend=counter)
+    lengths = (96, 144, 201) if dynamic else (96, 96)
+    for i, seq_len in enumerate(lengths):
+        x = make_inputs(Spec(seq_len=seq_len), device, requires_grad=training, seed=i)
+        if training:
+            assert_like(gradients(compiled, x), gradients(attention, x), 1e-5)
+        else:
+            assert_like([compiled(x)], [attention(x)], 1e-5)
+    assert counter.frame_count == 1
+
+
+def test_lengths_that_turn_out_dynamic_recompile_once(device: str) -> None:
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(attention, fullgraph=True, backend=counter)
+    for seq_len in (96, 144, 201, 320, 97):
+        x = make_inputs(Spec(seq_len=seq_len), device)
+        assert_like([compiled(x)], [attention(x)], 1e-5)
+    assert counter.frame_count == 2
+
+
+def test_packed_sequences_compile(device: str) -> None:
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend=counter)
+    for lengths in ((37, 5, 64), (20, 71, 1)):
+        x = make_inputs(Spec(lengths=lengths), device, requires_grad=True)
+        x = Inputs(**{**vars(x), "spec": Spec(lengths=(71, 71, 71))})  # max_seqlen is an upper bound and a constant here
+        assert_like(gradients(compiled, x), gradients(attention, x), 1e-5)
+    assert counter.frame_count <= 2
+
+
+def test_bad_input_says_the_same_compiled(device: str) -> None:
+    x = make_inputs(Spec(), device)
+
+    def call() -> Tensor:
+        return fsa_compile.selected_attention(x.q[:, :, :3], x.k, x.v, x.block_indices, block_size=16)[0]
+
+    with pytest.raises(ValueError) as eager:
+        call()
+    with pytest.raises(Exception) as compiled:  # Dynamo wraps it
+        torch.compile(call, fullgraph=True)()
+    assert str(eager.value) in str(compiled.value)
+
+
+def test_disabled_compiles_to_the_operator(device: str) -> None:
+    fsa_compile.disable()
+    assert not fsa_compile.is_enabled()
+    x = make_inputs(Spec(), device)
+    with lowering.collect_sites() as sites:
+        got = torch.compile(attention, fullgraph=True)(x)
+    assert not sites
+    assert_like([got], [attention(x)], 1e-5)
+
+
+def test_sites_say_where(device: str) -> None:
+    x = make_inputs(Spec(), device)
+    with config.patch(force_disable_caches=True), lowering.collect_sites() as sites:
+        torch.compile(attention, fullgraph=True)(x)
+    (site,) = sites
+    line = attention.__code__.co_firstlineno
+    assert site.where in [f"{__file__}:{line + i}" for i in range(1, 4)]
+    assert site.matched == (device == "cuda")
+    assert set(site.costs) == ({"fsa", "nsa"} if site.matched else set())
+
+
+# ---- the slot -------------------------------------------------------------------------------------------------------------
+
+
+class Other(CustomGraphPass):
+    def __init__(self, uuid: str | None = "other") -> None:
+        self.calls = 0
+        self._uuid = uuid
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.calls += 1
+
+    def uuid(self) -> str | None:
+        return self._uuid
+
+
+def put(value: Any) -> None:
+    setattr(config, _inductor.SLOT, value)
+
+
+def compile_once(scale: float) -> Tensor:
+    def fn(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor) -> Tensor:
+        return fsa_compile.selected_attention(q, k, v, block_indices, block_size=16)[0] * scale
+
+    x = make_inputs(Spec(seq_len=33))
+    with config.patch(force_disable_caches=True), lowering.collect_sites() as sites:
+        out = torch.compile(fn, fullgraph=True)(x.q, x.k, x.v, x.block_indices)
+    compile_once.sites = sites  # type: ignore[attr-defined]
+    return out
+
+
+def test_import_puts_the_pass_in_the_slot() -> None:
+    assert fsa_compile.is_enabled()
+    assert _inductor.slot_passes() == (PASS,)
+
+
+def test_a_pass_that_was_there_first_runs_too() -> None:
+    fsa_compile.disable()
+    other = Other()
+    put(other)
+    fsa_compile.enable()
+    fsa_compile.enable()  # once is enough
+    compile_once(2.0)
+    assert other.calls == 1
+    assert len(compile_once.sites) == 1  # type: ignore[attr-defined]
+    fsa_compile.disable()
+    assert _inductor.slot_passes() == (other,)
+
+
+def test_a_pass_that_came_later_runs_too() -> None:
+    other = Other()
+    put(other)
+    assert not fsa_compile.is_enabled()
+    fsa_compile.enable()
+    assert fsa_compile.is_enabled()
+    compile_once(3.0)
+    assert other.calls == 1
+    assert len(compile_once.sites) == 1  # type: ignore[attr-defined]
+
+
+def test_a_list_is_extended() -> None:
+    if not _inductor.slot_takes_sequence():
+        pytest.skip("this torch has one pass in the slot")
+    first, second = Other("a"), Other("b")
+    put([first, second])
+    fsa_compile.enable()
+    assert _inductor.slot_passes() == (first, second, PASS)
+    fsa_compile.disable()
+    assert _inductor.slot_passes() == (first, second)
+
+
+def test_a_chain_has_a_uuid_only_if_all_have() -> None:
+    assert install.PassChain(Other("a"), PASS).uuid() == ("a", PASS.uuid())
+    assert install.PassChain(Other(None), PASS).uuid() is None
+    assert install.PassChain(lambda graph: None, PASS).uuid() is None
+
+
+def test_uuid_follows_what_changes_the_code() -> None:
+    before = PASS.uuid()
+    fsa_compile.debug.validate(True)
+    validating = PASS.uuid()
+    fsa_compile.debug.validate(False)
+    fsa_compile.disable()
+    off = PASS.uuid()
+    assert len({before, validating, off}) == 3
+    fsa_compile.enable()
+    assert PASS.uuid() == before
+
+
+def test_a_slot_replaced_by_options_is_noticed() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor) -> Tensor:
+        return fsa_compile.selected_attention(q, k, v, block_indices, block_size=16)[0] * 5
+
+    x = make_inputs(Spec(seq_len=34))
+    compiled = torch.compile(fn, fullgraph=True, options={_inductor.SLOT: Other(), "force_disable_caches": True})
+    with pytest.warns(UserWarning, match="holds Other instead of its pass"):
+        got = compiled(x.q, x.k, x.v, x.block_indices)
+    assert_like([got], [fn(x.q, x.k, x.v, x.block_indices)], 1e-5)
+
+
+def test_a_slot_that_is_ours_is_not_warned_about() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*instead of its pass.*")
+        compile_once(6.0)
+
+
+def test_another_thread_sees_the_pass() -> None:
+    seen: list[Any] = []
+    thread = threading.Thread(target=lambda: seen.append((_inductor.slot_passes(), fsa_compile.is_enabled())))
+    thread.start()
+    thread.join()
+    assert seen == [((PASS,), True)]
+
+
+# ---- caches, across processes ---------------------------------------------------------------------------------------------
+
+_CHILD = """
+import json, sys
+import torch
+import fsa_compile
+from torch._dynamo.utils import counters
+
+def fn(q, k, v, block_indices):
+    out, lse = fsa_compile.selected_attention(q, k, v, block_indices, block_size=16)
+    return out * 2
+
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 32, 2, 16) for _ in range(3))
+block_indices = (torch.arange(32) // 16).view(1, 32, 1, 1).expand(1, 32, 2, 1).to(torch.int32)
+out = torch.compile(fn, fullgraph=True)(q, k, v, block_indices)
+torch.testing.assert_close(out, fn(q, k, v, block_indices))
+found = {**counters["inductor"], **counters["aot_autograd"]}
+print(json.dumps({"file": fsa_compile.__file__, **{key: n for key, n in found.items() if "cache" in key}}))
+"""
+
+
+def test_cache_hits_in_a_second_process_and_misses_after_an_edit(tmp_path: Path) -> None:
+    shutil.copytree(ROOT, tmp_path / "fsa_compile", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "child.py").write_text(_CHILD)
+
+    def compiled_anew() -> bool:
+        env = {**os.environ, "PYTHONPATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        env.pop("FSA_COMPILE_VALIDATE", None)
+        done = subprocess.run(
+            [sys.executable, "child.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["file"].startswith(str(tmp_path))
+        hits = found.get("fxgraph_cache_hit", 0) + found.get("autograd_cache_hit", 0)
+        misses = found.get("fxgraph_cache_miss", 0)
+        assert bool(hits) != bool(misses), found
+        return bool(misses)
+
+    assert compiled_anew()
+    assert not compiled_anew()
+    for edited in ("templates/merge_partials.jinja", "cost/choice.py"):
+        path = tmp_path / "fsa_compile" / edited
+        comment = "{# an edit #}" if path.suffix == ".jinja" else "\n# an edit\n"
+        path.write_text(path.read_text() + comment)
+        assert compiled_anew(), f"stale code after an edit of {edited}"
+    assert not compiled_anew()
+
+
+def test_every_source_file_is_hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    copy = tmp_path / "fsa_compile"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(install, "__file__", str(copy / "lowering" / "install.py"))
+    hash_now = install.source_hash.__wrapped__
+    seen = {hash_now()}
+    sources = sorted(p for p in copy.rglob("*") if p.suffix in (".py", ".jinja"))
+    assert any(p.suffix == ".jinja" for p in sources)
+    for path in sources:
+        path.write_bytes(path.read_bytes() + b"\n")
+        seen.add(hash_now())
+    assert len(seen) == len(sources) + 1
+
+
+# ---- on a GPU only --------------------------------------------------------------------------------------------------------
+
+_LONG = Spec(seq_len=700, num_kv_heads=2, gqa_group_size=4, head_dim=64, head_dim_v=64, block_size=64, num_selected=6,
+             kernel_size=32, kernel_stride=16, local_blocks=2, window_size=128, batch=2)  # fmt: skip
+
+
+def emitted(fn: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, str]:
+    from torch._inductor.utils import run_and_get_code
+
+    with config.patch(force_disable_caches=True):
+        result, codes = run_and_get_code(torch.compile(fn, fullgraph=True, **options), *args)
+    return result, "\n".join(codes)
+
+
+_MAIN = {"fsa": "merge_partials_tile", "nsa": "selected_fwd_query_outer_tile"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("order", ["fsa", "nsa"])
+def test_gpu_training_in_both_orders(order: str, dtype: torch.dtype) -> None:
+    x = make_inputs(_LONG, "cuda", dtype, requires_grad=True)
+
+    def fn(x: Inputs) -> Tensor:
+        return attention(x, order)
+
+    got, code = emitted(lambda x: gradients_of(fn, x), x)
+    assert _MAIN[order] in code
+    assert "torch.ops.fsa.selected_attention" not in code
+    assert_like(got, gradients(fn, x), TOLERANCE[dtype])
+
+
+def gradients_of(fn: Callable[[Inputs], Tensor], x: Inputs) -> tuple[Tensor, ...]:
+    """``gradients``, with the forward compiled by the caller's torch.compile and the backward by AOTAutograd."""
+    return gradients(fn, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("order", ["fsa", "nsa"])
+def test_gpu_gates_are_in_the_epilogue(order: str, dynamic: bool) -> None:
+    x = make_inputs(_LONG, "cuda", torch.bfloat16)
+    o_cmp, o_swa = torch.randn_like(x.q), torch.randn_like(x.q)
+
+    def fn(q, k, v, block_indices, o_cmp, o_swa, g_cmp, g_slc, g_swa):
+        out, _ = fsa_compile.selected_attention(q, k, v, block_indices, block_size=64, loop_order=order)
+        sum_ = g_cmp.sigmoid().unsqueeze(-1) * o_cmp + g_slc.sigmoid().unsqueeze(-1) * out
+        return sum_ + g_swa.sigmoid().unsqueeze(-1) * o_swa
+
+    args = (x.q, x.k, x.v, x.block_indices, o_cmp, o_swa, *x.gates)
+    got, code = emitted(fn, *args, dynamic=dynamic)
+    kernels = [k for k in code.split("async_compile.triton(")[1:] if _MAIN[order] in k.split("async_compile")[0]]
+    assert len(kernels) == 1
+    assert kernels[0].split("''', device_str")[0].count("sigmoid") == 3
+    assert_like([got], [fn(*args)], TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["fsa", "nsa"])
+def test_gpu_cuda_graphs(order: str) -> None:
+    def fn(q, k, v, block_indices):
+        return fsa_compile.selected_attention(q, k, v, block_indices, block_size=64, loop_order=order)
+
+    compiled = torch.compile(fn, fullgraph=True, mode="reduce-overhead")
+    torch._dynamo.utils.counters.clear()
+    for seed in range(4):
+        x = make_inputs(_LONG, "cuda", torch.bfloat16, seed=seed)
+        args = (x.q, x.k, x.v, x.block_indices)
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_like([t.clone() for t in compiled(*args)], fn(*args), TOLERANCE[torch.bfloat16])
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["fsa", "nsa"])
+def test_gpu_max_autotune(order: str) -> None:
+    x = make_inputs(_LONG, "cuda", torch.bfloat16, requires_grad=True)
+
+    def fn(x: Inputs) -> Tensor:
+        return attention(x, order)
+
+    compiled = torch.compile(fn, fullgraph=True, mode="max-autotune-no-cudagraphs")
+    assert_like(gradients(compiled, x), gradients(fn, x), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.gpu
+def test_gpu_max_autotune_packed() -> None:
+    x = make_inputs(Spec(lengths=(300, 50, 411), num_kv_heads=2, gqa_group_size=4, head_dim=64, head_dim_v=64, block_size=64,
+                         num_selected=6), "cuda", torch.bfloat16, requires_grad=True)  # fmt: skip
+    for order in ("fsa", "nsa"):
+
+        def fn(q, k, v, block_indices, cu_seqlens, order=order):
+            out, _ = fsa_compile.selected_attention(
+                q, k, v, block_indices, block_size=64, loop_order=order, cu_seqlens_q=cu_seqlens
+            )
+            return (out, *torch.autograd.grad(out.float().square().sum(), (q, k, v)))
+
+        args = (x.q, x.k, x.v, x.block_indices, x.cu_seqlens_q)
+        want = fn(*args)
+
+        def loss(q, k, v, block_indices, cu_seqlens, order=order):
+            return fsa_compile.selected_attention(
+                q, k, v, block_indices, block_size=64, loop_order=order, cu_seqlens_q=cu_seqlens
+            )[0]
+
+        compiled = torch.compile(loss, fullgraph=True, mode="max-autotune-no-cudagraphs")
+        out = compiled(*args)
+        got = (out, *torch.autograd.grad(out.float().square().sum(), (x.q, x.k, x.v)))
+        assert_like(got, want, TOLERANCE[torch.bfloat16])

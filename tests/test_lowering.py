@@ -1,0 +1,413 @@
+"""What the pass makes of a graph and what Inductor emits for it, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from inductor_harness import Harness, pretend_h200
+from specs import Spec, make_inputs
+from torch import Tensor
+
+import fsa_compile
+from fsa_compile import cost, lowering
+from fsa_compile.lowering import expand, lower
+from fsa_compile.ops import cuda
+
+fsa = torch.ops.fsa
+ORDERS = ("fsa", "nsa")
+FORWARD_TEMPLATES = {"fsa": ["selected_fwd_kv_outer", "merge_partials"], "nsa": ["selected_fwd_query_outer"]}
+BACKWARD_TEMPLATES = {
+    "fsa": ["selected_bwd_kv_outer", "sum_partials", "reduce_tiles"],
+    "nsa": ["selected_bwd_kv_outer", "selected_bwd_query_outer", "reduce_tiles"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _enabled() -> Iterator[None]:
+    lowering.enable()
+    yield
+    lowering.enable()
+
+
+def kernels_of(code: str) -> dict[str, str]:
+    """Sources of the emitted kernels by name."""
+    return dict(re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, flags=re.DOTALL))
+
+
+def templates_of(code: str) -> list[str]:
+    """The package's templates in the emitted code, in order."""
+    found = [re.findall(r"import (\w+)_(?:tile|step)\b", source) for source in kernels_of(code).values()]
+    return [names[-1] for names in map(_own, found) if names]
+
+
+def _own(names: list[str]) -> list[str]:
+    # Every shell's own function is named after its module; load_tile and the like are shared.
+    return [n for n in names if n.startswith(("selected_", "merge_", "sum_", "reduce_"))]
+
+
+def called_operators(code: str) -> set[str]:
+    return set(re.findall(r"torch\.ops\.fsa\.(\w+)\.default\(", code))
+
+
+def gated(order: str, **options: Any) -> Callable[..., Any]:
+    """Selected attention and the sum of the branches, as nsa_attention composes them."""
+
+    def fn(q, k, v, block_indices, o_cmp, o_swa, g_cmp, g_slc, g_swa, *cu_seqlens):
+        packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens))
+        out, lse = fsa.selected_attention(q, k, v, block_indices, loop_order=order, **packed, **options)
+        sum_ = g_cmp.sigmoid().unsqueeze(-1) * o_cmp + g_slc.sigmoid().unsqueeze(-1) * out
+        return (sum_ + g_swa.sigmoid().unsqueeze(-1) * o_swa).to(q.dtype), lse
+
+    return fn
+
+
+def backward(order: str, **options: Any) -> Callable[..., Any]:
+    """The backward with a gate before it."""
+
+    def fn(q, k, v, block_indices, out, lse, grad, grad_lse, gate, *cu_seqlens):
+        packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens))
+        grad = grad * gate.unsqueeze(-1)
+        return fsa.selected_attention_backward(
+            grad, grad_lse, q, k, v, block_indices, out, lse, loop_order=order, **packed, **options
+        )
+
+    return fn
+
+
+def fakes(
+    harness: Harness, *, dynamic: bool = False, packed: bool = False, seq_len: int = 1024, group: int = 4, dim: int = 64
+) -> list[Tensor]:
+    """q, k, v, block_indices, two tensors like the output, three like the gates, cu_seqlens."""
+    axes = (1,) if dynamic else ()
+
+    def rows(heads: int, *rest: int, **kw: Any) -> Tensor:
+        return harness.tensor(1, seq_len, heads, *rest, dynamic=axes, **kw)
+
+    heads = 2 * group
+    tensors = [rows(heads, dim), rows(2, dim), rows(2, dim), rows(2, 16, dtype=torch.int32)]
+    tensors += [rows(heads, dim), rows(heads, dim), rows(heads), rows(heads), rows(heads)]
+    return tensors + ([harness.tensor(5, dtype=torch.int32)] if packed else [])
+
+
+# ---- the emitted code -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_forward_is_templates_with_the_gates_in_the_last_one(order: str, dynamic: bool, packed: bool) -> None:
+    harness = Harness()
+    code = harness.emit(gated(order), *fakes(harness, dynamic=dynamic, packed=packed))
+    assert templates_of(code) == FORWARD_TEMPLATES[order]
+    kernels = list(kernels_of(code).values())
+    assert len(kernels) == len(FORWARD_TEMPLATES[order]), "the gates have a kernel of their own"
+    assert kernels[-1].count("sigmoid") == 3
+    assert called_operators(code) <= {"_block_lists", "_packed_tables"}
+    _assert_no_size_is_fixed(harness)
+    if dynamic:
+        assert "ks0" in kernels[-1]
+        assert "'ks0': 'i64'" in kernels[-1], "strides are products of lengths and may pass 2**31"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_backward_is_templates(order: str, dynamic: bool, packed: bool) -> None:
+    harness = Harness()
+    q, k, v, block_indices, out, grad, gate, lse, grad_lse, *cu_seqlens = fakes(harness, dynamic=dynamic, packed=packed)
+    with harness.mode:
+        lse, grad_lse = lse.float(), grad_lse.float()
+    code = harness.emit(
+        backward(order), q, k, v, block_indices, out, lse, grad, grad_lse, gate, *cu_seqlens
+    )
+    assert sorted(templates_of(code)) == sorted(BACKWARD_TEMPLATES[order])
+    assert called_operators(code) <= {"_block_lists", "_packed_tables"}
+    _assert_no_size_is_fixed(harness)
+
+
+def _assert_no_size_is_fixed(harness: Harness) -> None:
+    """Nothing is specialised on a length; Inductor's own bounds for 32-bit indexing are far away."""
+    env = harness.mode.shape_env
+    assert not env.replacements
+    for guard in env.guards:
+        for length in (64, 1000, 131072):
+            assert guard.expr.subs(dict.fromkeys(guard.expr.free_symbols, length)) == sympy.true, guard.expr
+
+
+@pytest.mark.parametrize("group", [1, 16])
+def test_auto_emits_the_order_that_the_cost_model_chooses(group: int) -> None:
+    harness = Harness()
+    tensors = fakes(harness, seq_len=65536, group=group, dim=128)
+    with lowering.collect_sites() as sites:
+        code = harness.emit(gated("auto"), *tensors)
+    problem = cost.Problem(1, 65536, 65536, 2, group, 128, 128, 64, 16, 2)
+    choice = cost.choose(problem, cost.DEVICES["H200"])
+    assert templates_of(code) == FORWARD_TEMPLATES[choice.order]
+    assert [(s.matched, s.loop_order, s.costs) for s in sites] == [(True, choice.order, choice.costs)]
+
+
+def test_auto_takes_each_order_somewhere() -> None:
+    orders = set()
+    for group in (1, 4, 16, 64):
+        problem = cost.Problem(1, 65536, 65536, 2, group, 128, 128, 64, 16, 2)
+        orders.add(cost.choose(problem, cost.DEVICES["H200"]).order)
+    assert orders == {"fsa", "nsa"}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_reader_of_lse_is_not_fused_into_the_kernel_that_writes_it(order: str) -> None:
+    def fn(q, k, v, block_indices):
+        out, lse = fsa.selected_attention(q, k, v, block_indices, loop_order=order)
+        return out * lse.unsqueeze(-1)
+
+    harness = Harness()
+    code = harness.emit(fn, *fakes(harness)[:4])
+    assert templates_of(code) == FORWARD_TEMPLATES[order]
+    assert len(kernels_of(code)) == len(FORWARD_TEMPLATES[order]) + 1
+
+
+def test_the_predicate_keeps_the_gates_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lower, "fuses_epilogue", lambda kernel, dtype: False)
+    harness = Harness()
+    code = harness.emit(gated("nsa"), *fakes(harness))
+    assert templates_of(code) == FORWARD_TEMPLATES["nsa"]
+    template, pointwise = kernels_of(code).values()
+    assert "sigmoid" not in template
+    assert pointwise.count("sigmoid") == 3
+
+
+def test_views_of_one_projection_are_read_where_they_lie() -> None:
+    def fn(qkv, block_indices):
+        qkv = qkv * 2  # a buffer of Inductor's own
+        q, k, v = qkv.split((8, 2, 2), dim=2)
+        return fsa.selected_attention(q, k, v, block_indices, loop_order="nsa")
+
+    harness = Harness()
+    qkv, block_indices = harness.tensor(2, 512, 12, 64), harness.tensor(2, 512, 2, 16, dtype=torch.int32)
+    code = harness.emit(fn, qkv, block_indices)
+    kernels = list(kernels_of(code).values())
+    assert len(kernels) == 2, "a copy was made"
+    assert re.search(r"k_ptr = arg_\w+ \+ 512\n", kernels[1])
+    assert f"{512 * 12 * 64}, {12 * 64}, 64," in kernels[1]
+
+
+def test_an_innermost_stride_other_than_one_is_copied() -> None:
+    def fn(q, k, v, block_indices):
+        return fsa.selected_attention(torch.ops.aten.slice(q, 3, 0, None, 2), k, v, block_indices, loop_order="nsa")
+
+    harness = Harness()
+    q, k, v, block_indices = fakes(harness)[:4]
+    wide = harness.tensor(1, 1024, 8, 128)
+    code = harness.emit(fn, wide, k, v, block_indices)
+    assert templates_of(code) == ["selected_fwd_query_outer"]
+    assert len(kernels_of(code)) == 2
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_emitted_kernels_compile_for_sm_90(order: str) -> None:
+    """The shells, dynamic sizes and fused epilogue included, go through Triton's compiler."""
+    import triton
+    from triton.compiler import ASTSource
+
+    harness = Harness()
+    code = harness.emit(gated(order), *fakes(harness, dynamic=True))
+    for name, source in kernels_of(code).items():
+        types = eval(re.search(r"'signature': (\{.*?\})", source).group(1))  # type: ignore[union-attr]
+        warps = int(re.search(r"num_warps=(\d+)", source).group(1))  # type: ignore[union-attr]
+        source = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n@triton\.jit", "@triton.jit", source, flags=re.DOTALL)
+        fn = _load(name, source)
+        with pretend_h200():
+            target = triton.runtime.driver.active.get_current_target()
+            compiled = triton.compile(ASTSource(fn, types, {}, {}), target=target, options={"num_warps": warps})
+        assert compiled.asm["cubin"]
+
+
+def _load(name: str, source: str) -> Any:
+    from torch._inductor.codecache import PyCodeCache
+
+    return getattr(PyCodeCache.load(source), name)
+
+
+# ---- what the emitted code computes ---------------------------------------------------------------------------------------
+
+_BATCHED = Spec(batch=2, seq_len=19, gqa_group_size=3, head_dim=24, head_dim_v=40, num_selected=3)
+_PACKED = Spec(lengths=(9, 17, 2), extra_keys=21, num_selected=3)
+# (function, order, spec, dynamic)
+_PROGRAMS = {
+    "forward-nsa-batched-dynamic": (gated, "nsa", _BATCHED, True),
+    "forward-fsa-packed-static": (gated, "fsa", _PACKED, False),
+    "forward-fsa-batched-dynamic": (gated, "fsa", _BATCHED, True),
+    "backward-nsa-packed-static": (backward, "nsa", _PACKED, False),
+    "backward-fsa-batched-dynamic": (backward, "fsa", _BATCHED, True),
+}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """What each program computed, its kernels in Triton's interpreter, and what it should have."""
+    directory = tmp_path_factory.mktemp("emitted")
+    wanted, files = {}, []
+    for name, (make, order, spec, dynamic) in _PROGRAMS.items():
+        options = {"block_size": spec.block_size, "scale": spec.scale}
+        fn, args = make(order, **options), _arguments(make, spec)
+        harness = Harness()
+        shapes = [(a, (1,) if dynamic and a.dim() > 1 else ()) for a in args]
+        code = harness.emit(fn, *(harness.tensor(*a.shape, dtype=a.dtype, dynamic=axes) for a, axes in shapes))
+        triple = [directory / f"{name}.{ending}" for ending in ("py", "in", "out")]
+        triple[0].write_text(code)
+        torch.save(args, triple[1])
+        files += triple
+        wanted[name] = list(fn(*args))
+    path = os.pathsep.join((str(Path(fsa_compile.__file__).parent.parent), os.environ.get("PYTHONPATH", "")))
+    command = [sys.executable, str(Path(__file__).with_name("interpret_emitted.py")), *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: (torch.load(directory / f"{name}.out"), want) for name, want in wanted.items()}
+
+
+def _arguments(make: Callable[..., Any], spec: Spec) -> list[Tensor]:
+    x = make_inputs(spec)
+    cu_seqlens = [t for t in (x.cu_seqlens_q, x.cu_seqlens_k) if t is not None]
+    shape = (*x.q.shape[:3], spec.head_dim_v)
+    args = [x.q, x.k, x.v, x.block_indices]
+    if make is gated:
+        args += [torch.randn(shape), torch.randn(shape), *x.gates]
+    else:
+        packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens))
+        out, lse = fsa.selected_attention(*args, block_size=spec.block_size, scale=spec.scale, **packed)
+        args += [out, lse, torch.randn(shape), torch.randn(shape[:3]), x.g_slc]
+    return [a.detach().contiguous() for a in (*args, *cu_seqlens)]
+
+
+@pytest.mark.parametrize("name", _PROGRAMS)
+def test_emitted_program_computes_what_it_should(name: str, programs: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
+    got, want = programs[name]
+    assert len(got) == len(want)
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+# ---- the pass -------------------------------------------------------------------------------------------------------------
+
+
+def test_disabled_the_operator_stays() -> None:
+    lowering.disable()
+    harness = Harness()
+    with lowering.collect_sites() as sites:
+        code = harness.emit(gated("nsa"), *fakes(harness))
+    assert called_operators(code) == {"selected_attention"}
+    assert not templates_of(code)
+    assert not sites
+
+
+def test_validating_the_operator_stays() -> None:
+    fsa_compile.debug.validate(True)
+    try:
+        harness = Harness()
+        with lowering.collect_sites() as sites:
+            code = harness.emit(gated("nsa"), *fakes(harness))
+    finally:
+        fsa_compile.debug.validate(False)
+    assert called_operators(code) == {"selected_attention"}
+    assert not sites[0].matched
+    assert "validates" in sites[0].reason
+
+
+def test_forward_and_backward_share_lists_and_order() -> None:
+    def fn(q, k, v, block_indices, grad, cu_seqlens):
+        options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        out, lse = fsa.selected_attention(q, k, v, block_indices, **options)
+        return out, *fsa.selected_attention_backward(grad, None, q, k, v, block_indices, out, lse, **options)
+
+    harness = Harness()
+    q, k, v, block_indices, grad, *_, cu_seqlens = fakes(harness, packed=True, group=1, seq_len=32768)
+    with lowering.collect_sites() as sites:
+        harness.emit(fn, q, k, v, block_indices, grad, cu_seqlens)
+    assert harness.graph is not None
+    targets = [str(n.target) for n in harness.graph.nodes]
+    assert targets.count("fsa._block_lists.default") == 1
+    assert targets.count("fsa._packed_tables.default") == 1
+    problem = cost.Problem(1, 32768, 32768, 2, 1, 64, 64, 64, 16, 2)
+    choice = cost.choose(problem, cost.DEVICES["H200"], training=True)
+    assert [s.loop_order for s in sites] == [choice.order] * 2
+    assert [s.costs for s in sites] == [choice.costs] * 2
+
+
+def test_a_failing_expansion_leaves_the_operator(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("broken on purpose")
+
+    monkeypatch.setattr(cuda, "forward", broken)
+    harness = Harness()
+    with lowering.collect_sites() as sites:
+        code = harness.emit(gated("nsa"), *fakes(harness))
+    assert called_operators(code) == {"selected_attention"}
+    assert not sites[0].matched
+    assert "broken on purpose" in sites[0].reason
+    assert "broken on purpose" in caplog.text
+
+
+def test_a_failing_template_calls_the_operator(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("broken on purpose")
+
+    monkeypatch.setattr(lower, "_template", broken)
+    harness = Harness()
+    code = harness.emit(gated("fsa"), *fakes(harness))
+    assert called_operators(code) == {"_block_lists", "_selected_fwd_kv_outer", "_merge_partials"}
+    assert "broken on purpose" in caplog.text
+
+
+def test_cpu_nodes_stay() -> None:
+    graph = torch.fx.Graph()
+    mode = Harness().mode
+    with mode:
+        values = [torch.empty(1, 64, h, 16) for h in (4, 2, 2)] + [torch.empty(1, 64, 2, 4, dtype=torch.int32)]
+        nodes = [graph.placeholder(name) for name in "qkvi"]
+        for node, value in zip(nodes, values):
+            node.meta["val"] = value
+        call = graph.call_function(fsa.selected_attention.default, tuple(nodes))
+        call.meta["val"] = fsa.selected_attention(*values)
+    call.meta["stack_trace"] = 'File "/home/user/model.py", line 7, in forward\n    out = attend(x)'
+    graph.output(call)
+    with lowering.collect_sites() as sites:
+        expand.expand_graph(graph)
+    assert [n.target for n in graph.nodes if n.op == "call_function"] == [fsa.selected_attention.default]
+    assert [(s.op, s.matched, s.where) for s in sites] == [("fsa::selected_attention", False, "/home/user/model.py:7")]
+    assert sites[0].reason.startswith("runs on cpu")
+
+
+def test_replacements_keep_the_facts_about_the_call() -> None:
+    harness = Harness()
+    q, k, v, block_indices = fakes(harness)[:4]
+    graph = torch.fx.Graph()
+    nodes = [graph.placeholder(name) for name in "qkvi"]
+    for node, value in zip(nodes, (q, k, v, block_indices)):
+        node.meta["val"] = value
+    call = graph.call_function(fsa.selected_attention.default, tuple(nodes), {"loop_order": "fsa"})
+    with harness.mode:
+        call.meta["val"] = fsa.selected_attention(q, k, v, block_indices)
+    policy = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+    call.meta |= {"stack_trace": 'File "m.py", line 3, in f', "partitioner_tag": "is_forward", "recompute": policy}
+    results = [graph.call_function(__import__("operator").getitem, (call, i)) for i in range(2)]
+    for result, value in zip(results, call.meta["val"]):
+        result.meta["val"] = value
+    graph.output(tuple(results))
+    with pretend_h200():
+        expand.expand_graph(graph)
+    graph.lint()
+    made = [n for n in graph.nodes if n.op == "call_function"]
+    assert {n.meta["stack_trace"] for n in made} == {'File "m.py", line 3, in f'}
+    assert {n.meta["partitioner_tag"] for n in made} == {"is_forward"}
+    kept = [n for n in made if n.meta.get("recompute") is policy]
+    assert kept == list(next(iter(reversed(graph.nodes))).args[0]), "only the results are to be kept, not the partials"
+    assert all(isinstance(n.meta["val"], Tensor) for n in kept)
