@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from specs import NAMED, SPECS, Spec, make_inputs
 from strategies import specs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fsa_compile
 from fsa_compile.ops import reference, schema
@@ -310,6 +312,27 @@ def test_no_graph_where_none_is_wanted(device: str) -> None:
         assert call.op()(*call.args, **call.options).is_inference()
     selection = selection_of(x)
     assert not fsa.select_blocks(x.q, *selection.args[1:], **selection.options).requires_grad
+
+
+def test_selective_checkpointing_sees_one_node(device: str) -> None:
+    """The selected branch is saved rather than computed again, by naming its operator."""
+    x = make_inputs(NAMED["plain"], device, requires_grad=True)
+    call = call_of("nsa_attention", x)
+    leaves = [y.detach().requires_grad_() for y in call.floating]
+    seen = []
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        seen.append((op, context.is_recompute))
+        return CheckpointPolicy.MUST_SAVE if op == fsa.selected_attention.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    out = checkpoint(partial(call.op(), **call.options), *leaves, use_reentrant=False, context_fn=contexts)
+    have = torch.autograd.grad(out.square().sum(), leaves)
+    want = torch.autograd.grad(call.op()(*leaves, **call.options).square().sum(), leaves)
+    for h, w in zip(have, want, strict=True):
+        assert torch.equal(h, w)
+    assert (fsa.selected_attention.default, False) in seen
+    assert (fsa.sliding_window_attention.default, True) in seen
 
 
 def test_only_some_inputs_want_gradients(device: str) -> None:

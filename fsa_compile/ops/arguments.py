@@ -34,7 +34,7 @@ X_CMP = ("batch", "num_compressed", "num_kv_heads", "head_dim")
 
 def _true(condition: Any) -> bool:
     """`bool(condition)`, but False where it hangs on an unbacked size."""
-    if isinstance(condition, bool):
+    if condition is True or condition is False:
         return condition
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
@@ -85,13 +85,12 @@ class Call:
         dims = self.dims
         for dim, size in zip(layout, shape, strict=True):
             known = dims.get(dim)
-            if known is not None and _true(known != size):
+            if known is not None and known is not size and _true(known != size):
                 raise self.fail(
                     f"{name} has shape {tuple(shape)}, but it should be {self._layout(layout)} "
                     f"({dim} is {size}, not {known})"
                 )
-        for dim, size in zip(layout, shape, strict=True):
-            dims.setdefault(dim, size)
+        dims.update(zip(layout, shape, strict=True))
         if self.device is None:
             self.device = tensor.device
         elif tensor.device != self.device:
@@ -132,8 +131,8 @@ class Call:
     def heads(self) -> None:
         """Grouped query heads, bounded head dims, no empty dimension, no more queries than keys."""
         dims = self.dims
-        for name in ("batch", "seq_len", "seq_len_k", "num_q_heads", "num_kv_heads", "head_dim", "head_dim_v"):
-            if name in dims and _true(dims[name] == 0):
+        for name, size in dims.items():
+            if name != "num_compressed" and _true(size == 0):
                 raise self.fail(f"{name} is 0, but it should be at least 1")
         num_q_heads: Any = dims.get("num_q_heads")
         num_kv_heads: Any = dims["num_kv_heads"]
