@@ -1,0 +1,254 @@
+"""The Triton kernels of the selected branch, both loop orders, forward and backward.
+
+On a GPU (`-m gpu`) as they are; without one in Triton's interpreter, where `test_interpreter.py` runs this file with
+`TRITON_INTERPRET=1`. bf16 is left to the GPU: the interpreter's matrix product does not know it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from budget import assert_within_budget, relative_error
+from calls import Call, call_of, run, upstream_of
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from specs import Inputs, Spec, make_inputs
+from strategies import specs
+from torch import Tensor
+
+from fsa_compile.ops import cuda, loop_order
+from fsa_compile.templates.config import ENTRIES_PER_TILE
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+ORDERS = ("fsa", "nsa")
+EXAMPLES = settings(max_examples=3 if INTERPRETED else 40)
+
+kernels = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
+
+
+class Selected(torch.autograd.Function):
+    """The sequences of `ops.cuda` in one loop order, as the operators run them."""
+
+    @staticmethod
+    def forward(ctx: Any, order: str, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: dict[str, Any]) -> Any:
+        scale = options["scale"] or q.shape[3] ** -0.5
+        ctx.order, ctx.packing = order, (options.get("cu_seqlens_q"), options.get("cu_seqlens_k"))
+        ctx.sizes = (options["block_size"], scale)
+        results = cuda.forward(order, q, k, v, block_indices, *ctx.packing, *ctx.sizes)
+        ctx.save_for_backward(q, k, v, block_indices, *results)
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        grads = cuda.backward(ctx.order, grad_out, grad_lse, *ctx.saved_tensors, *ctx.packing, *ctx.sizes)
+        return None, *grads, None, None
+
+
+def in_order(order: str) -> Any:
+    return lambda q, k, v, block_indices, **options: Selected.apply(order, q, k, v, block_indices, options)
+
+
+def check(order: str, inputs: Inputs, dtype: torch.dtype, forgiven: float = 0.0) -> None:
+    """Results and gradients within SPEC's budget; `forgiven` is a relative error allowed to the gradients besides."""
+    call = call_of("selected_attention", inputs)
+    upstream = upstream_of(call)
+    have, have_grads = run(in_order(order), call, upstream)
+    want, want_grads = run(call.reference(), call.to(torch.float64), upstream)
+    eager, eager_grads = run(call.reference(), call, upstream)
+    for name, h, w, e in zip(("out", "lse"), have, want, eager, strict=True):
+        assert h.is_contiguous()
+        assert_within_budget(h, w, e, f"{order} {name} of {inputs.spec}, {dtype}", dtype)
+    for name, h, w, e in zip(("dq", "dk", "dv"), have_grads, want_grads, eager_grads, strict=True):
+        assert h.dtype == dtype
+        if forgiven:
+            assert not h.isnan().any()
+            assert relative_error(h, w) <= forgiven + 1.5 * relative_error(e, w), f"{order} {name}"
+        else:
+            cancels = h.numel() < 512 or inputs.spec.seq_len_k <= 4
+            assert_within_budget(h, w, e, f"{order} {name} of {inputs.spec}, {dtype}", dtype, cancels)
+
+
+@kernels
+@pytest.mark.parametrize("order", ORDERS)
+@EXAMPLES
+@given(spec=specs(max_seq_len=40 if INTERPRETED else 400), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 5))
+@example(spec=Spec(seq_len=1, num_kv_heads=1, gqa_group_size=1), dtype=torch.float32, seed=0)
+@example(spec=Spec(seq_len=20, num_kv_heads=1, block_size=128, extra_keys=130, num_selected=2), dtype=torch.float32, seed=0)
+@example(spec=Spec(seq_len=40, gqa_group_size=17, num_kv_heads=1, head_dim=20, head_dim_v=36), dtype=torch.float16, seed=0)
+@example(spec=Spec(lengths=(0, 17, 1, 30), extra_keys=9, strides="sliced"), dtype=torch.float32, seed=1)
+def test_against_reference(order: str, spec: Spec, dtype: torch.dtype, seed: int) -> None:
+    check(order, make_inputs(spec, DEVICE, dtype, seed=seed), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(seq_len=2000, head_dim=128, head_dim_v=128, block_size=64, num_selected=16, gqa_group_size=group)
+        for group in (1, 4, 16)
+    ]
+    + [
+        Spec(seq_len=700, head_dim=256, head_dim_v=192, block_size=64, num_selected=6),
+        Spec(seq_len=900, head_dim=64, head_dim_v=128, block_size=256, num_selected=3, strides="transposed"),
+        Spec(lengths=(500, 3, 1200), extra_keys=300, head_dim=64, head_dim_v=64, block_size=64, num_selected=8),
+    ],
+    ids=str,
+)
+def test_real_sizes(order: str, dtype: torch.dtype, spec: Spec) -> None:
+    check(order, make_inputs(spec, DEVICE, dtype), dtype)
+
+
+@kernels
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_huge_logits(order: str, dtype: torch.dtype) -> None:
+    """Logits of 1e4. The gradients know the softmax through `lse` only, which float32 resolves to 1e4 * eps."""
+    spec = Spec(seq_len=40, num_kv_heads=1, logits=1e4 if dtype != torch.float16 else 3e3)
+    check(order, make_inputs(spec, DEVICE, dtype), dtype, forgiven=4e4 * torch.finfo(torch.float32).eps)
+
+
+@kernels
+@pytest.mark.parametrize("order", ORDERS)
+def test_ids_that_name_no_block_contribute_nothing(order: str) -> None:
+    """Out of range or in the future, they read nothing outside the tensors (poisoned here) and change no bit."""
+    spec = Spec(seq_len=24, num_kv_heads=1, block_size=16, num_selected=2)
+    inputs = make_inputs(spec, DEVICE)
+    padded = torch.full((1, 200, spec.num_kv_heads, spec.head_dim), float("nan"), device=DEVICE)
+    padded[:, 70:94] = inputs.k
+    k = padded[:, 70:94]
+    current = (torch.arange(24, device=DEVICE) // 16)[:, None, None]
+    none = torch.full_like(inputs.block_indices[..., :1], -1)
+    strange = [current + 1, torch.full_like(current, 1000), torch.full_like(current, 2**31 - 1), torch.full_like(current, -7)]
+    plain = torch.cat([none, inputs.block_indices] + [none] * 3, -1)
+    odd = torch.cat([strange[0].expand_as(none[0])[None], inputs.block_indices] + [x.expand_as(none) for x in strange[1:]], -1).int()
+    call = Call("selected_attention", (inputs.q, k, inputs.v), (), {"block_size": 16, "scale": None})
+    upstream = [torch.ones_like(inputs.q), None]
+    results = []
+    for block_indices in (plain, odd):
+        outs, grads = run(lambda *args, b=block_indices, **kw: in_order(order)(*args, b, **kw), call, upstream)
+        results.append([*outs, *grads])
+    for h, w in zip(*results, strict=True):
+        assert not h.isnan().any()
+        assert torch.equal(h, w)
+
+
+@kernels
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_without_a_block(order: str) -> None:
+    inputs = make_inputs(Spec(seq_len=40), DEVICE)
+    block_indices = torch.full_like(inputs.block_indices, -1)
+    block_indices[:, 20:, 0, 2] = 0
+    q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    out, lse = in_order(order)(q, k, v, block_indices, block_size=16, scale=None)
+    alone = torch.ones(40, 4, dtype=torch.bool, device=DEVICE)
+    alone[20:, :2] = False
+    assert (out[0][alone] == 0).all()
+    assert (lse[0][alone] == -torch.inf).all()
+    assert lse[0][~alone].isfinite().all()
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[0][0][alone] == 0).all()
+
+
+@kernels
+@pytest.mark.parametrize("order", ORDERS)
+def test_deterministic(order: str) -> None:
+    spec = Spec(seq_len=20) if INTERPRETED else Spec(seq_len=3000, head_dim=64, head_dim_v=64, block_size=64, num_selected=8)
+    call = call_of("selected_attention", make_inputs(spec, DEVICE, torch.float16))
+    upstream = upstream_of(call)
+    first, second = (run(in_order(order), call, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@given(spec=specs())
+def test_lists_hold_every_visible_entry_once_in_order(spec: Spec) -> None:
+    x = make_inputs(spec, "cpu")
+    tables = cuda.PackedTables.of(x.q, x.k, x.cu_seqlens_q, x.cu_seqlens_k, spec.block_size)
+    entries, tile_list, tile_offsets, list_offsets = loop_order._block_lists(
+        x.block_indices, *tables, seq_len_k=x.k.shape[1], block_size=spec.block_size
+    )
+    lengths = spec.lengths or (spec.seq_len,) * spec.batch
+    want: dict[int, list[int]] = {}
+    num_blocks = (len(list_offsets) - 1) // spec.num_kv_heads
+    row, base = 0, 0
+    for length in lengths:
+        length_k = length + spec.extra_keys
+        for t in range(length):
+            for hk in range(spec.num_kv_heads):
+                for slot, block in enumerate(x.block_indices.view(-1, spec.num_kv_heads, spec.num_selected)[row, hk].tolist()):
+                    if 0 <= block <= (t + spec.extra_keys) // spec.block_size:
+                        entry = (row * spec.num_kv_heads + hk) * spec.num_selected + slot
+                        want.setdefault(hk * num_blocks + base + block, []).append(entry)
+            row += 1
+        base += -(-length_k // spec.block_size)
+    have = {i: entries[a:b].tolist() for i, (a, b) in enumerate(zip(list_offsets[:-1], list_offsets[1:], strict=True)) if a < b}
+    assert have == want
+    tiles = {i: -(-len(e) // ENTRIES_PER_TILE) for i, e in want.items()}
+    flat = [i for i in sorted(tiles) for _ in range(tiles[i])]
+    assert tile_list.tolist() == flat + [-1] * (len(tile_list) - len(flat))
+    assert [tile_offsets[i + 1] - tile_offsets[i] for i in sorted(tiles)] == [tiles[i] for i in sorted(tiles)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ORDERS)
+def test_more_than_2_31_elements(order: str) -> None:
+    """q alone has 2.3e9 elements; the last rows, whose offsets do not fit 32 bits, against the reference."""
+    seq_len, heads, dim = 140_000, 64, 256
+    generator = torch.Generator("cuda").manual_seed(0)
+    q = torch.empty(1, seq_len, heads, dim, device="cuda", dtype=torch.bfloat16).normal_(generator=generator)
+    k, v = (torch.randn(1, seq_len, 1, dim, device="cuda", generator=generator).bfloat16() for _ in range(2))
+    current = torch.arange(seq_len, device="cuda") // 64
+    block_indices = torch.stack([current * 0, current], -1)[None, :, None].int()
+    block_indices[..., 1].masked_fill_(block_indices[..., 1] == 0, -1)
+    assert q.numel() > 2**31
+    out, lse = cuda.forward(order, q, k, v, block_indices, None, None, 64, dim**-0.5)
+    first, last = 64 * (seq_len // 64) - 64, seq_len
+    keys = torch.cat([torch.arange(64, device="cuda"), torch.arange(first, last, device="cuda")])
+    visible = keys <= torch.arange(first, last, device="cuda")[:, None]
+    own = (keys // 64 == 0) | (keys // 64 == torch.arange(first, last, device="cuda")[:, None] // 64)
+    scores = torch.einsum("thd,kd->htk", q[0, first:].double(), k[0, keys, 0].double()) * dim**-0.5
+    p = scores.masked_fill(~(visible & own), -torch.inf)
+    want = torch.einsum("htk,kd->thd", p.softmax(-1), v[0, keys, 0].double())
+    assert relative_error(out[0, first:], want) < 4e-3
+    assert relative_error(lse[0, first:], p.logsumexp(-1).T) < 1e-4
+    del scores, p, want
+    grad_out = torch.zeros_like(out)
+    grad_out[:, -1] = 1
+    dq, _, dv = cuda.backward(order, grad_out, None, q, k, v, block_indices, out, lse, None, None, 64, dim**-0.5)
+    assert (dq[:, :-1] == 0).all()
+    assert dq[:, -1].abs().sum() > 0
+    assert abs(float(dv.float().sum()) / (heads * dim) - 1) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ORDERS)
+def test_cuda_graph(order: str) -> None:
+    """Forward and backward are captured and replayed on other inputs: nothing in them waits for the device."""
+    spec = Spec(seq_len=1500, head_dim=64, head_dim_v=64, block_size=64, num_selected=8)
+    inputs, others = (make_inputs(spec, "cuda", torch.bfloat16, seed=seed) for seed in (0, 1))
+    static = [x.clone() for x in (inputs.q, inputs.k, inputs.v, inputs.block_indices)]
+    options = {"block_size": 64, "loop_order": order}
+    fsa = torch.ops.fsa
+
+    def step() -> tuple[Tensor, ...]:
+        out, lse = fsa.selected_attention(*static, **options)
+        return out, lse, *fsa.selected_attention_backward(out, None, *static, out, lse, **options)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for x, y in zip(static, (others.q, others.k, others.v, others.block_indices), strict=True):
+        x.copy_(y)
+    graph.replay()
+    have = [x.clone() for x in captured]
+    assert all(torch.equal(h, w) for h, w in zip(have, step(), strict=True))
