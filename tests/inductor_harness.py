@@ -1,7 +1,7 @@
 """Look at the Triton code that Inductor emits for CUDA on a machine without a GPU.
 
-Graphs are traced on fake CUDA tensors, device properties are made up and nothing is compiled or run. Autograd on fake CUDA tensors
-aborts a CPU-only build of torch, so a backward is looked at by calling the backward operators themselves.
+Graphs are traced on fake CUDA tensors, device properties are made up and nothing is compiled or run. Autograd on fake
+CUDA tensors aborts a CPU-only build of torch, so a backward is looked at by calling the backward operators themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
 from triton.backends.compiler import GPUTarget
 
 from fsa_compile.lowering import PASS

@@ -45,8 +45,12 @@ class _Kernel:
             self.fn[tuple(map(int, args[-3:]))](*args[:-3])
             return
         blocks = {p: 64 for p in self.parameters if p.endswith("BLOCK")}
-        sizes = dict(zip(self.parameters, args))
-        grid = [triton.cdiv(sizes[f"{axis}numel"], blocks[f"{axis.upper()}BLOCK"]) for axis in "xyz" if f"{axis}numel" in sizes]
+        sizes = dict(zip(self.parameters, args, strict=False))
+        grid = [
+            triton.cdiv(sizes[f"{axis}numel"], blocks[f"{axis.upper()}BLOCK"])
+            for axis in "xyz"
+            if f"{axis}numel" in sizes
+        ]
         self.fn[(*grid, 1, 1)[:3]](*args, **blocks)
 
 
@@ -67,12 +71,19 @@ def _empty(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -
 def run(code: str, inputs: str, outputs: str) -> None:
     with open(code) as file:
         source = file.read()
-    source = re.sub(r"^async_compile = AsyncCompile\(\)$", "async_compile = _AsyncCompile()", source, flags=re.MULTILINE)
+    source = re.sub(
+        r"^async_compile = AsyncCompile\(\)$", "async_compile = _AsyncCompile()", source, flags=re.MULTILINE
+    )
     source = re.sub(r"^empty_strided_cuda = .*$", "empty_strided_cuda = _empty", source, flags=re.MULTILINE)
     source = re.sub(r"^from torch\._C import .* as get_raw_stream$", "get_raw_stream = int", source, flags=re.MULTILINE)
     torch.cuda._DeviceGuard = lambda index: contextlib.nullcontext()  # type: ignore[misc, assignment]
     torch.cuda.set_device = lambda index: None  # type: ignore[assignment]
-    namespace: dict[str, Any] = {"__name__": "emitted", "_AsyncCompile": _AsyncCompile, "_empty": _empty, "triton": triton}
+    namespace: dict[str, Any] = {
+        "__name__": "emitted",
+        "_AsyncCompile": _AsyncCompile,
+        "_empty": _empty,
+        "triton": triton,
+    }
     exec(compile(source, code, "exec"), namespace)
     torch.save(list(namespace["call"](torch.load(inputs))), outputs)
 

@@ -62,7 +62,7 @@ def gated(order: str, **options: Any) -> Callable[..., Any]:
     """Selected attention and the sum of the branches, as nsa_attention composes them."""
 
     def fn(q, k, v, block_indices, o_cmp, o_swa, g_cmp, g_slc, g_swa, *cu_seqlens):
-        packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens))
+        packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=False))
         out, lse = fsa.selected_attention(q, k, v, block_indices, loop_order=order, **packed, **options)
         sum_ = g_cmp.sigmoid().unsqueeze(-1) * o_cmp + g_slc.sigmoid().unsqueeze(-1) * out
         return (sum_ + g_swa.sigmoid().unsqueeze(-1) * o_swa).to(q.dtype), lse
@@ -74,7 +74,7 @@ def backward(order: str, **options: Any) -> Callable[..., Any]:
     """The backward with a gate before it."""
 
     def fn(q, k, v, block_indices, out, lse, grad, grad_lse, gate, *cu_seqlens):
-        packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens))
+        packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=False))
         grad = grad * gate.unsqueeze(-1)
         return fsa.selected_attention_backward(
             grad, grad_lse, q, k, v, block_indices, out, lse, loop_order=order, **packed, **options
@@ -98,7 +98,7 @@ def fakes(
     return tensors + ([harness.tensor(5, dtype=torch.int32)] if packed else [])
 
 
-# ---- the emitted code -----------------------------------------------------------------------------------------------------
+# ---- the emitted code ----
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
@@ -126,9 +126,7 @@ def test_backward_is_templates(order: str, dynamic: bool, packed: bool) -> None:
     q, k, v, block_indices, out, grad, gate, lse, grad_lse, *cu_seqlens = fakes(harness, dynamic=dynamic, packed=packed)
     with harness.mode:
         lse, grad_lse = lse.float(), grad_lse.float()
-    code = harness.emit(
-        backward(order), q, k, v, block_indices, out, lse, grad, grad_lse, gate, *cu_seqlens
-    )
+    code = harness.emit(backward(order), q, k, v, block_indices, out, lse, grad, grad_lse, gate, *cu_seqlens)
     assert sorted(templates_of(code)) == sorted(BACKWARD_TEMPLATES[order])
     assert called_operators(code) <= {"_block_lists", "_packed_tables"}
     _assert_no_size_is_fixed(harness)
@@ -205,7 +203,7 @@ def test_an_innermost_stride_other_than_one_is_copied() -> None:
         return fsa.selected_attention(torch.ops.aten.slice(q, 3, 0, None, 2), k, v, block_indices, loop_order="nsa")
 
     harness = Harness()
-    q, k, v, block_indices = fakes(harness)[:4]
+    _, k, v, block_indices = fakes(harness)[:4]
     wide = harness.tensor(1, 1024, 8, 128)
     code = harness.emit(fn, wide, k, v, block_indices)
     assert templates_of(code) == ["selected_fwd_query_outer"]
@@ -237,7 +235,7 @@ def _load(name: str, source: str) -> Any:
     return getattr(PyCodeCache.load(source), name)
 
 
-# ---- what the emitted code computes ---------------------------------------------------------------------------------------
+# ---- what the emitted code computes ----
 
 _BATCHED = Spec(batch=2, seq_len=19, gqa_group_size=3, head_dim=24, head_dim_v=40, num_selected=3)
 _PACKED = Spec(lengths=(9, 17, 2), extra_keys=21, num_selected=3)
@@ -282,21 +280,23 @@ def _arguments(make: Callable[..., Any], spec: Spec) -> list[Tensor]:
     if make is gated:
         args += [torch.randn(shape), torch.randn(shape), *x.gates]
     else:
-        packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens))
+        packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=False))
         out, lse = fsa.selected_attention(*args, block_size=spec.block_size, scale=spec.scale, **packed)
         args += [out, lse, torch.randn(shape), torch.randn(shape[:3]), x.g_slc]
     return [a.detach().contiguous() for a in (*args, *cu_seqlens)]
 
 
 @pytest.mark.parametrize("name", _PROGRAMS)
-def test_emitted_program_computes_what_it_should(name: str, programs: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
+def test_emitted_program_computes_what_it_should(
+    name: str, programs: dict[str, tuple[list[Tensor], list[Tensor]]]
+) -> None:
     got, want = programs[name]
     assert len(got) == len(want)
-    for g, w in zip(got, want):
+    for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
-# ---- the pass -------------------------------------------------------------------------------------------------------------
+# ---- the pass ----
 
 
 def test_disabled_the_operator_stays() -> None:
@@ -342,7 +342,9 @@ def test_forward_and_backward_share_lists_and_order() -> None:
     assert [s.costs for s in sites] == [choice.costs] * 2
 
 
-def test_a_failing_expansion_leaves_the_operator(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_expansion_leaves_the_operator(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("broken on purpose")
 
@@ -356,7 +358,9 @@ def test_a_failing_expansion_leaves_the_operator(monkeypatch: pytest.MonkeyPatch
     assert "broken on purpose" in caplog.text
 
 
-def test_a_failing_template_calls_the_operator(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_template_calls_the_operator(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("broken on purpose")
 
@@ -373,7 +377,7 @@ def test_cpu_nodes_stay() -> None:
     with mode:
         values = [torch.empty(1, 64, h, 16) for h in (4, 2, 2)] + [torch.empty(1, 64, 2, 4, dtype=torch.int32)]
         nodes = [graph.placeholder(name) for name in "qkvi"]
-        for node, value in zip(nodes, values):
+        for node, value in zip(nodes, values, strict=True):
             node.meta["val"] = value
         call = graph.call_function(fsa.selected_attention.default, tuple(nodes))
         call.meta["val"] = fsa.selected_attention(*values)
@@ -391,7 +395,7 @@ def test_replacements_keep_the_facts_about_the_call() -> None:
     q, k, v, block_indices = fakes(harness)[:4]
     graph = torch.fx.Graph()
     nodes = [graph.placeholder(name) for name in "qkvi"]
-    for node, value in zip(nodes, (q, k, v, block_indices)):
+    for node, value in zip(nodes, (q, k, v, block_indices), strict=True):
         node.meta["val"] = value
     call = graph.call_function(fsa.selected_attention.default, tuple(nodes), {"loop_order": "fsa"})
     with harness.mode:
@@ -399,7 +403,7 @@ def test_replacements_keep_the_facts_about_the_call() -> None:
     policy = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
     call.meta |= {"stack_trace": 'File "m.py", line 3, in f', "partitioner_tag": "is_forward", "recompute": policy}
     results = [graph.call_function(__import__("operator").getitem, (call, i)) for i in range(2)]
-    for result, value in zip(results, call.meta["val"]):
+    for result, value in zip(results, call.meta["val"], strict=True):
         result.meta["val"] = value
     graph.output(tuple(results))
     with pretend_h200():

@@ -1,11 +1,13 @@
 """The only module that names anything private of ``torch._inductor``; differences between torch 2.11 and 2.15 end here.
 
-Importing it costs what ``torch._inductor.config`` costs; the compiler itself is imported on first use, because only compiling needs it.
+Importing it costs what ``torch._inductor.config`` costs; the compiler itself is imported on first use, because only
+compiling needs it.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ __all__ = [
     "contiguous_layout",
     "empty",
     "fallback",
-    "has_lowering",
+    "is_compiler_imported",
     "max_autotune",
     "on_compile_start",
     "optimization_hint",
@@ -39,7 +41,7 @@ __all__ = [
 SLOT = "joint_custom_pre_pass"
 
 
-# ---- the joint graph's custom-pass slot ----------------------------------------------------------------------------------
+# ---- the joint graph's custom-pass slot ----
 
 
 def slot_takes_sequence() -> bool:
@@ -75,6 +77,11 @@ def set_slot_default(value: Any) -> bool:
     return True
 
 
+def is_compiler_imported() -> bool:
+    """Whether lowerings can be registered without importing much."""
+    return "torch._inductor.lowering" in sys.modules
+
+
 def on_compile_start(callback: Callable[[], None]) -> None:
     """Call back when a compilation starts, before Inductor is entered."""
     from torch._dynamo.callback import callback_handler
@@ -82,7 +89,7 @@ def on_compile_start(callback: Callable[[], None]) -> None:
     callback_handler.register_start_callback(lambda *_: callback())
 
 
-# ---- lowerings -----------------------------------------------------------------------------------------------------------
+# ---- lowerings ----
 
 
 def register_lowering(op: torch._ops.OpOverload, fn: Callable[..., Any]) -> None:
@@ -90,13 +97,6 @@ def register_lowering(op: torch._ops.OpOverload, fn: Callable[..., Any]) -> None
     from torch._inductor import lowering
 
     lowering.register_lowering(op, type_promotion_kind=None)(fn)
-
-
-def has_lowering(op: torch._ops.OpOverload) -> bool:
-    """Whether ``op`` has a lowering, ours or another's."""
-    from torch._inductor import lowering
-
-    return op in lowering.lowerings
 
 
 def fallback(op: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -206,7 +206,7 @@ def max_autotune() -> bool:
     return bool(_config.max_autotune)
 
 
-# ---- templates -----------------------------------------------------------------------------------------------------------
+# ---- templates ----
 
 
 @functools.cache

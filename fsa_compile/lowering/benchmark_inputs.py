@@ -1,4 +1,4 @@
-"""Inputs for measuring configurations under ``max_autotune``: index tensors must index, so random ones would read out of bounds."""
+"""Inputs for measuring configurations under ``max_autotune``: random index tensors would read out of bounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _UNKNOWN = 4096
 class BenchmarkInputs:
     """Generators of the index inputs of one kernel: uniformly drawn causal blocks, equally long packed sequences."""
 
-    def __init__(self, block_indices: Any, seq_len_k: Any, block_size: int, cu_seqlens: Any, device: torch.device) -> None:
+    def __init__(
+        self, block_indices: Any, seq_len_k: Any, block_size: int, cu_seqlens: Any, device: torch.device
+    ) -> None:
         self._shape = [_inductor.optimization_hint(size, _UNKNOWN) for size in block_indices.get_size()]
         self._seq_len_k = _inductor.optimization_hint(seq_len_k, _UNKNOWN)
         self._block_size = block_size
@@ -45,7 +47,7 @@ class BenchmarkInputs:
                 total_k=self._seq_len_k,
                 block_size=self._block_size,
             )
-            tables.update(zip(_TABLES[2:], made))
+            tables.update(zip(_TABLES[2:], made, strict=True))
             assert cu_seqlens_q is not None
             pos = pos - cu_seqlens_q[made[0]]
         else:
@@ -56,7 +58,7 @@ class BenchmarkInputs:
         lists = torch.ops.fsa._block_lists(
             block_indices, *tables.values(), seq_len_k=self._seq_len_k, block_size=self._block_size
         )
-        return {"block_indices_ptr": block_indices, **tables, **dict(zip(_LISTS, lists))}
+        return {"block_indices_ptr": block_indices, **tables, **dict(zip(_LISTS, lists, strict=True))}
 
     def generators(self, names: list[str]) -> dict[int, Callable[[Any], torch.Tensor]]:
         """``input_gen_fns`` for a shell whose inputs are called ``names``."""

@@ -1,8 +1,8 @@
 """Joint-graph pass: a semantic operator becomes the loop-order operators that the cost model chose.
 
-The sequence of operators that eager CUDA runs is traced on the node's fake tensors and takes the node's place, so that eager and
-compiled code cannot drift apart. Equal nodes are made once: forward and backward share the per-block lists. Nothing here adds a
-guard, and nothing here may break a user's model: whatever is not understood stays as it is.
+The sequence of operators that eager CUDA runs is traced on the node's fake tensors and takes the node's place, so
+that eager and compiled code cannot drift apart. Equal nodes are made once: forward and backward share the per-block
+lists. No length is guarded, and nothing here may break a user's model: whatever is not understood stays as it is.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class _Expansion:
             if policy is not None and n not in keep and policy.name in _MUST_KEEP:
                 del n.meta["recompute"]  # a policy that keeps the operator's results does not ask for its temporaries
         for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
             self.graph.erase_node(user)
         self.graph.erase_node(node)
 

@@ -1,7 +1,7 @@
 """Where the pass sits in Inductor, what makes its cache entries valid, and how it shares the slot with others.
 
-A pass without a ``uuid()`` silently switches off the FX-graph and AOTAutograd caches, and lowerings and templates are in no
-cache key at all; so the pass's uuid answers for every source file of the package.
+A pass without a ``uuid()`` silently switches off the FX-graph and AOTAutograd caches, and lowerings and templates are
+in no cache key at all; so the pass's uuid answers for every source file of the package.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def source_hash() -> str:
 
 
 class FsaPass(_inductor.CustomGraphPass):
-    """The joint-graph pass of this package. One object per process; disabled, it does nothing and says so in its uuid."""
+    """The joint-graph pass of this package, one object per process. Disabled, it does nothing and its uuid says so."""
 
     def __init__(self) -> None:
         self.active = False
@@ -145,10 +145,15 @@ def is_enabled() -> bool:
     return PASS.active and _in_slot()
 
 
-@functools.cache
 def _watch() -> None:
-    """Notice a replaced slot: the semantic operators then reach Inductor, so it is their lowerings that look."""
-    _inductor.on_compile_start(_watch_operators)
+    """Notice a replaced slot: the semantic operators then reach Inductor, so it is their lowerings that look.
+
+    Not on import, which would have to import the compiler. ``torch._dynamo.reset`` forgets the callback.
+    """
+    if _inductor.is_compiler_imported():
+        _watch_operators()
+    else:
+        _inductor.on_compile_start(_watch_operators)
 
 
 @functools.cache
@@ -174,8 +179,9 @@ def warn_if_replaced(op: str) -> None:
         return
     _warned.add(found)
     warnings.warn(
-        f"fsa_compile is enabled, but torch._inductor.config.{_inductor.SLOT} holds {found} instead of its pass, so {op} is "
-        "called as it is and cached code is not checked against this package's sources. torch.compile(options=...) "
-        "replaces the slot: pass a list that has fsa_compile.lowering.PASS in it, or set the slot first and call fsa_compile.enable().",
+        f"fsa_compile is enabled, but torch._inductor.config.{_inductor.SLOT} holds {found} instead of its pass, so "
+        f"{op} is called as it is, and cached code is not checked against this package's sources. "
+        "torch.compile(options=...) replaces the slot: give it a list with fsa_compile.lowering.PASS in it (torch 2.13 "
+        "and later), or set the slot in the configuration and call fsa_compile.enable().",
         stacklevel=2,
     )

@@ -1,8 +1,8 @@
 """Inductor lowerings of the loop-order operators.
 
-Each kernel module in ``templates`` has a jinja shell beside it that calls the same device functions as the eager kernel. The shell's
-main result goes through ``store_output``, so that what follows can be fused into it; the others are buffers that it mutates. The
-remaining loop-order operators (lists and tables) are called as they are.
+Each kernel module in ``templates`` has a jinja shell beside it that calls the same device functions as the eager
+kernel. The shell's main result goes through ``store_output``, so that what follows can be fused into it; the others are
+buffers that it mutates. The remaining loop-order operators (lists and tables) are called as they are.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _STRIDED = frozenset(("grad_out_ptr", "q_ptr", "k_ptr", "v_ptr"))
 
 
 def fuses_epilogue(kernel: str, dtype: torch.dtype) -> bool:
-    """Whether pointwise operators after ``kernel`` are fused into its store rather than left to a kernel of their own."""
+    """Whether pointwise operators after ``kernel`` are fused into its store, or left to a kernel of their own."""
     return True
 
 
-# ---- one kernel as a template ---------------------------------------------------------------------------------------------
+# ---- one kernel as a template ----
 
 
 def _grid(x: Any, y: Any, z: Any, meta: Meta, *, cdiv: Any) -> tuple[Any, Any, Any]:
@@ -122,7 +122,7 @@ def _call(
     return out
 
 
-# ---- sizes ----------------------------------------------------------------------------------------------------------------
+# ---- sizes ----
 
 
 def _static(x: Any, dim: int) -> int:
@@ -144,14 +144,15 @@ def _sizes(q: Any, k: Any, v: Any, block_indices: Any, block_size: int, packed: 
 
 
 def _partial_shape(partial: Any, block_size: int) -> PartialShape:
-    return PartialShape(*(_static(partial, dim) for dim in range(2, 7)), block_size)
+    num_kv_heads, num_selected, num_chunks, group, head_dim = (_static(partial, dim) for dim in range(2, 7))
+    return PartialShape(num_kv_heads, num_selected, num_chunks, group, head_dim, block_size)
 
 
 def _given(names: tuple[str, ...], tensors: tuple[Any, ...]) -> dict[str, Any]:
-    return {name: x for name, x in zip(names, tensors) if x is not None}
+    return {name: x for name, x in zip(names, tensors, strict=True) if x is not None}
 
 
-# ---- the operators --------------------------------------------------------------------------------------------------------
+# ---- the operators ----
 
 
 def _selected_fwd_query_outer(
@@ -228,7 +229,16 @@ def _attention_delta(grad_out: Any, grad_lse: Any, out: Any) -> Any:
 
 
 def _selected_bwd_query_outer(
-    grad_out: Any, q: Any, k: Any, v: Any, block_indices: Any, lse: Any, delta: Any, *tables: Any, block_size: int, scale: float
+    grad_out: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    block_indices: Any,
+    lse: Any,
+    delta: Any,
+    *tables: Any,
+    block_size: int,
+    scale: float,
 ) -> Any:
     sizes = _sizes(q, k, v, block_indices, block_size, tables[0] is not None)
     inputs = {"grad_out_ptr": grad_out, "q_ptr": q, "k_ptr": k, "v_ptr": v, "block_indices_ptr": block_indices}
