@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import sympy
 import torch
+import triton
 from inductor_harness import Harness, pretend_h200
 from specs import Spec, make_inputs
 from torch import Tensor
@@ -98,6 +100,13 @@ def fakes(
     return tensors + ([harness.tensor(5, dtype=torch.int32)] if packed else [])
 
 
+def backward_order(tensors: list[Tensor]) -> list[Tensor]:
+    """The same tensors as ``backward``'s function takes them."""
+    q, k, v, block_indices, out, grad, gate, lse, grad_lse, *cu_seqlens = tensors
+    with lse.fake_mode:  # type: ignore[attr-defined]
+        return [q, k, v, block_indices, out, lse.float(), grad, grad_lse.float(), gate, *cu_seqlens]
+
+
 # ---- the emitted code ----
 
 
@@ -123,10 +132,7 @@ def test_forward_is_templates_with_the_gates_in_the_last_one(order: str, dynamic
 @pytest.mark.parametrize("order", ORDERS)
 def test_backward_is_templates(order: str, dynamic: bool, packed: bool) -> None:
     harness = Harness()
-    q, k, v, block_indices, out, grad, gate, lse, grad_lse, *cu_seqlens = fakes(harness, dynamic=dynamic, packed=packed)
-    with harness.mode:
-        lse, grad_lse = lse.float(), grad_lse.float()
-    code = harness.emit(backward(order), q, k, v, block_indices, out, lse, grad, grad_lse, gate, *cu_seqlens)
+    code = harness.emit(backward(order), *backward_order(fakes(harness, dynamic=dynamic, packed=packed)))
     assert sorted(templates_of(code)) == sorted(BACKWARD_TEMPLATES[order])
     assert called_operators(code) <= {"_block_lists", "_packed_tables"}
     _assert_no_size_is_fixed(harness)
@@ -210,15 +216,18 @@ def test_an_innermost_stride_other_than_one_is_copied() -> None:
     assert len(kernels_of(code)) == 2
 
 
+@pytest.mark.parametrize("make", [gated, backward], ids=["forward", "backward"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_emitted_kernels_compile_for_sm_90(order: str) -> None:
+def test_emitted_kernels_compile_for_sm_90(order: str, make: Callable[..., Any]) -> None:
     """The shells, dynamic sizes and fused epilogue included, go through Triton's compiler."""
-    import triton
     from triton.compiler import ASTSource
 
     harness = Harness()
-    code = harness.emit(gated(order), *fakes(harness, dynamic=True))
+    tensors = fakes(harness, dynamic=True, packed=order == "fsa")
+    code = harness.emit(make(order), *(tensors if make is gated else backward_order(tensors)))
     for name, source in kernels_of(code).items():
+        if "triton_heuristics.template" not in source:
+            continue
         types = eval(re.search(r"'signature': (\{.*?\})", source).group(1))  # type: ignore[union-attr]
         warps = int(re.search(r"num_warps=(\d+)", source).group(1))  # type: ignore[union-attr]
         source = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n@triton\.jit", "@triton.jit", source, flags=re.DOTALL)
@@ -252,6 +261,8 @@ _PROGRAMS = {
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
     """What each program computed, its kernels in Triton's interpreter, and what it should have."""
+    if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("triton 3.6's interpreter cannot loop up to a tensor with numpy 2.4 and later")
     directory = tmp_path_factory.mktemp("emitted")
     wanted, files = {}, []
     for name, (make, order, spec, dynamic) in _PROGRAMS.items():

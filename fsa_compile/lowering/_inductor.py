@@ -202,8 +202,8 @@ def optimization_hint(expr: Any, fallback: int) -> int:
 
 
 def max_autotune() -> bool:
-    """Whether the user asked for measured configurations."""
-    return bool(_config.max_autotune)
+    """Whether the user asked for measured configurations, and they are measured where our inputs for that are."""
+    return bool(_config.max_autotune) and not _config.autotune_in_subproc
 
 
 # ---- templates ----
