@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fsa_compile
-from fsa_compile.demo.measure import Error, errors, tokens_per_second
+from fsa_compile.demo.measure import Error, errors, settle_threads, tokens_per_second
 from fsa_compile.demo.model import ByteLM, Config, dense, selected_blocks
 from fsa_compile.demo.training import Batches, Forward, autocast, corpus, train
 
@@ -39,6 +39,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads; 0: all cores, one if they are busy already"
+    )
     parser.add_argument("--measure-seconds", type=float, default=3.0, help="how long to time each variant")
     parser.add_argument("--output", type=Path, default=Path("fsa_demo.png"), help="where the picture goes")
     parser.add_argument("--no-picture", action="store_true")
@@ -77,7 +80,8 @@ def show_errors(table: dict[str, tuple[Error, Error]]) -> None:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads, {platform.machine()})"
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' * (threads > 1)}, {platform.machine()})"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,6 +94,10 @@ def main(argv: list[str] | None = None) -> int:
 
     began = time.perf_counter()
     device = torch.device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        settle_threads()
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("highest")
     config = Config(

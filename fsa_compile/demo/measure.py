@@ -91,3 +91,25 @@ def tokens_per_second(forward: Forward, tokens: Tensor, targets: Tensor, seconds
     while len(times) < 3 or sum(times) < seconds:
         times.append(once())
     return tokens.numel() / statistics.median(times)
+
+
+def settle_threads(seconds: float = 0.3) -> int:
+    """Sets and returns the number of CPU threads: all that torch would use, or one if the machine has no room for them.
+
+    Threads of a parallel loop wait for each other: with one other busy process on two cores, two are far slower than one.
+    """
+
+    def rate(threads: int) -> float:
+        torch.set_num_threads(threads)
+        x = torch.zeros(1 << 18)
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            x.add_(1.0)
+            count += 1
+        return count / (time.perf_counter() - start)
+
+    most = torch.get_num_threads()
+    alone, together = rate(1), rate(most)
+    best = most if together > alone else 1
+    torch.set_num_threads(best)
+    return best
