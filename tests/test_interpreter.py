@@ -14,7 +14,20 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.parametrize("order", ["fsa", "nsa"])
 def test_kernels_in_the_interpreter(order: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "interpreter", "-k", order]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-m",
+        "interpreter",
+        "-k",
+        order,
+    ]
     done = subprocess.run(
         [*command, str(TESTS / "test_kernels.py")],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},

@@ -6,6 +6,7 @@ On a GPU (`-m gpu`) as they are; without one in Triton's interpreter, where `tes
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -35,7 +36,9 @@ class Selected(torch.autograd.Function):
     """The sequences of `ops.cuda` in one loop order, as the operators run them."""
 
     @staticmethod
-    def forward(ctx: Any, order: str, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: dict[str, Any]) -> Any:
+    def forward(
+        ctx: Any, order: str, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: dict[str, Any]
+    ) -> Any:
         scale = options["scale"] or q.shape[3] ** -0.5
         ctx.order, ctx.packing = order, (options.get("cu_seqlens_q"), options.get("cu_seqlens_k"))
         ctx.sizes = (options["block_size"], scale)
@@ -79,8 +82,12 @@ def check(order: str, inputs: Inputs, dtype: torch.dtype, forgiven: float = 0.0)
 @EXAMPLES
 @given(spec=specs(max_seq_len=40 if INTERPRETED else 400), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 5))
 @example(spec=Spec(seq_len=1, num_kv_heads=1, gqa_group_size=1), dtype=torch.float32, seed=0)
-@example(spec=Spec(seq_len=20, num_kv_heads=1, block_size=128, extra_keys=130, num_selected=2), dtype=torch.float32, seed=0)
-@example(spec=Spec(seq_len=40, gqa_group_size=17, num_kv_heads=1, head_dim=20, head_dim_v=36), dtype=torch.float16, seed=0)
+@example(
+    spec=Spec(seq_len=20, num_kv_heads=1, block_size=128, extra_keys=130, num_selected=2), dtype=torch.float32, seed=0
+)
+@example(
+    spec=Spec(seq_len=40, gqa_group_size=17, num_kv_heads=1, head_dim=20, head_dim_v=36), dtype=torch.float16, seed=0
+)
 @example(spec=Spec(lengths=(0, 17, 1, 30), extra_keys=9, strides="sliced"), dtype=torch.float32, seed=1)
 def test_against_reference(order: str, spec: Spec, dtype: torch.dtype, seed: int) -> None:
     check(order, make_inputs(spec, DEVICE, dtype, seed=seed), dtype)
@@ -126,9 +133,16 @@ def test_ids_that_name_no_block_contribute_nothing(order: str) -> None:
     k = padded[:, 70:94]
     current = (torch.arange(24, device=DEVICE) // 16)[:, None, None]
     none = torch.full_like(inputs.block_indices[..., :1], -1)
-    strange = [current + 1, torch.full_like(current, 1000), torch.full_like(current, 2**31 - 1), torch.full_like(current, -7)]
+    strange = [
+        current + 1,
+        torch.full_like(current, 1000),
+        torch.full_like(current, 2**31 - 1),
+        torch.full_like(current, -7),
+    ]
     plain = torch.cat([none, inputs.block_indices] + [none] * 3, -1)
-    odd = torch.cat([strange[0].expand_as(none[0])[None], inputs.block_indices] + [x.expand_as(none) for x in strange[1:]], -1).int()
+    odd = torch.cat(
+        [strange[0].expand_as(none[0])[None], inputs.block_indices] + [x.expand_as(none) for x in strange[1:]], -1
+    ).int()
     call = Call("selected_attention", (inputs.q, k, inputs.v), (), {"block_size": 16, "scale": None})
     upstream = [torch.ones_like(inputs.q), None]
     results = []
@@ -161,7 +175,11 @@ def test_rows_without_a_block(order: str) -> None:
 @kernels
 @pytest.mark.parametrize("order", ORDERS)
 def test_deterministic(order: str) -> None:
-    spec = Spec(seq_len=20) if INTERPRETED else Spec(seq_len=3000, head_dim=64, head_dim_v=64, block_size=64, num_selected=8)
+    spec = (
+        Spec(seq_len=20)
+        if INTERPRETED
+        else Spec(seq_len=3000, head_dim=64, head_dim_v=64, block_size=64, num_selected=8)
+    )
     call = call_of("selected_attention", make_inputs(spec, DEVICE, torch.float16))
     upstream = upstream_of(call)
     first, second = (run(in_order(order), call, upstream) for _ in range(2))
@@ -183,13 +201,15 @@ def test_lists_hold_every_visible_entry_once_in_order(spec: Spec) -> None:
         length_k = length + spec.extra_keys
         for t in range(length):
             for hk in range(spec.num_kv_heads):
-                for slot, block in enumerate(x.block_indices.view(-1, spec.num_kv_heads, spec.num_selected)[row, hk].tolist()):
+                for slot, block in enumerate(
+                    x.block_indices.view(-1, spec.num_kv_heads, spec.num_selected)[row, hk].tolist()
+                ):
                     if 0 <= block <= (t + spec.extra_keys) // spec.block_size:
                         entry = (row * spec.num_kv_heads + hk) * spec.num_selected + slot
                         want.setdefault(hk * num_blocks + base + block, []).append(entry)
             row += 1
         base += -(-length_k // spec.block_size)
-    have = {i: entries[a:b].tolist() for i, (a, b) in enumerate(zip(list_offsets[:-1], list_offsets[1:], strict=True)) if a < b}
+    have = {i: entries[a:b].tolist() for i, (a, b) in enumerate(itertools.pairwise(list_offsets)) if a < b}
     assert have == want
     tiles = {i: -(-len(e) // ENTRIES_PER_TILE) for i, e in want.items()}
     flat = [i for i in sorted(tiles) for _ in range(tiles[i])]

@@ -181,6 +181,13 @@ def forbid_fusion(x: Any) -> None:
     V.graph.no_fuse_buffer_names.add(x.get_name())
 
 
+def statically_less(a: Any, b: int) -> bool:
+    """Whether ``a < b`` is known without a guard."""
+    from torch._inductor.virtualized import V
+
+    return bool(V.graph.sizevars.statically_known_lt(a, b))
+
+
 def static_int(expr: Any) -> int:
     """A size that code depends on, guarded."""
     from torch._inductor.virtualized import V

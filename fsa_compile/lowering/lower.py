@@ -100,7 +100,11 @@ def _call(
     device = next(iter(nodes.values())).get_device()
     layout = _inductor.contiguous_layout(device, dtype, size)
     template = _template(module, _row_grid if "BLOCK_R" in meta else _grid)
-    constants = {} if scale is None else {"SCALE": repr(float(scale))}
+    # What follows in an epilogue divides the output's index, element by element: in 32 bits wherever they suffice.
+    narrow = _inductor.statically_less(math.prod(size), 2**31)
+    constants = {"INDEX": "tl.int32" if narrow else "tl.int64"}
+    if scale is not None:
+        constants["SCALE"] = repr(float(scale))
     choices: list[Any] = []
     for configuration in _configurations(module, meta):
         options = {**configuration, **constants}

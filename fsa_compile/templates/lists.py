@@ -102,12 +102,16 @@ def partial_slots(
     rows, num_rows, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
     PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_SELECTED: tl.constexpr,
 ):  # fmt: skip
-    """Where the slots of output rows (one query head each) lie.
+    """Where the slots of output rows (one query head each, int32) lie.
 
-    Returns ``(exists, pos, slots, g)``: whether a row exists, its position, its first entry, its head within the group.
+    Returns ``(exists, pos, slots, g, b, t, h)``: whether a row exists, its position, its first entry (int64), its head within the
+    group; and its place in the output. Rows are int32, as a 64-bit division takes as long as a row's loads.
     """
     exists = rows < num_rows
     rows = tl.where(exists, rows, 0)
-    n = (rows // (NUM_KV_HEADS * GROUP)).to(tl.int32)
-    _, _, first_pos, _, _ = sequence_of(n, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, PACKED)
-    return exists, n - first_pos, (rows // GROUP) * NUM_SELECTED, rows % GROUP
+    n = rows // (NUM_KV_HEADS * GROUP)
+    h = rows - n * (NUM_KV_HEADS * GROUP)
+    b, first_row, first_pos, _, _ = sequence_of(
+        n, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, PACKED
+    )
+    return exists, n - first_pos, (rows // GROUP).to(tl.int64) * NUM_SELECTED, h % GROUP, b, n - first_row, h

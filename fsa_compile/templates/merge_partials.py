@@ -19,11 +19,11 @@ def merge_partials_tile(
     NUM_SELECTED: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Merged ``(out [BLOCK_R, BLOCK_DV], lse [BLOCK_R])``, float32, of BLOCK_R output rows (int64 ``rows``).
+    """Merged attention of BLOCK_R output rows (int32 ``rows``).
 
-    A slot whose block is not visible was never written, so its partial is not read.
+    Returns ``(out, lse, b, t, h)``: float32 ``[BLOCK_R, BLOCK_DV]`` and ``[BLOCK_R]``, and where the rows lie. A slot whose block is not visible was never written, so its partial is not read.
     """
-    exists, pos, slots, g = partial_slots(
+    exists, pos, slots, g, b, t, h = partial_slots(
         rows, num_rows, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
         PACKED, NUM_KV_HEADS, GROUP, NUM_SELECTED,
     )  # fmt: skip
@@ -50,7 +50,7 @@ def merge_partials_tile(
         part_sum = tl.load(partial_stats_ptr + partial * 2 + 1, mask=seen, other=0.0)
         out = load_tile(partial_out_ptr, partial * HEAD_DIM_V, seen, HEAD_DIM_V, BLOCK_DV)
         acc += (part_sum * tl.exp2(part_max - shift) / total)[:, None] * out.to(tl.float32)
-    return acc, log_sum_exp(row_max, row_sum)
+    return acc, log_sum_exp(row_max, row_sum), b, t, h
 
 
 @triton.jit
@@ -61,14 +61,14 @@ def merge_partials_kernel(
     NUM_SELECTED: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    out, lse = merge_partials_tile(
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    out, lse, _, _, _ = merge_partials_tile(
         partial_out_ptr, partial_stats_ptr, block_indices_ptr, rows, num_rows,
         seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
         PACKED, NUM_KV_HEADS, GROUP, HEAD_DIM_V, NUM_SELECTED, NUM_CHUNKS, BLOCK_SIZE, BLOCK_R, BLOCK_DV,
     )  # fmt: skip
     tl.store(lse_ptr + rows, lse, mask=rows < num_rows)
-    store_tile(out_ptr, rows * HEAD_DIM_V, rows < num_rows, out, HEAD_DIM_V, BLOCK_DV)
+    store_tile(out_ptr, rows.to(tl.int64) * HEAD_DIM_V, rows < num_rows, out, HEAD_DIM_V, BLOCK_DV)
 
 
 def meta(shape: PartialShape, packed: bool) -> Meta:

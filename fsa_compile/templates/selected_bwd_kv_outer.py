@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .config import ENTRIES_PER_TILE, Lists, Meta, StaticSizes, Tables, sequence_args, stages, warps
 from .lists import chunk_keys, head_base, list_rows, list_tile, load_chunk
-from .tiles import LOG2E, dot, load_tile, store_tile
+from .tiles import LOG2E, accumulate, dot, load_tile, store_tile
 
 
 @triton.jit
@@ -67,6 +67,8 @@ def selected_bwd_kv_outer_kernel(
     grad_out_base = head_base(grad_out_ptr, stride_gb, stride_gh, b, hk, GROUP)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk_lost = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_lost = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for m in range(0, tl.cdiv((last - first) * GROUP, BLOCK_M)):
         valid, n, g, partial = list_rows(
             entries_ptr, first, last, m, chunk, NUM_KV_HEADS, GROUP, NUM_SELECTED, NUM_CHUNKS, BLOCK_M
@@ -76,8 +78,8 @@ def selected_bwd_kv_outer_kernel(
             stride_gt, stride_gh, stride_qt, stride_qh, scale,
             NUM_KV_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-        dk += dk_rows
-        dv += dv_rows
+        dk, dk_lost = accumulate(dk, dk_lost, dk_rows, k_ptr.dtype.element_ty == tl.float32)
+        dv, dv_lost = accumulate(dv, dv_lost, dv_rows, k_ptr.dtype.element_ty == tl.float32)
         if WITH_DQ:
             dq = dot(tl.trans(ds), k) * scale  # [BLOCK_M, BLOCK_D]
             store_tile(dq_partial_ptr, partial * HEAD_DIM, valid, dq, HEAD_DIM, BLOCK_D)

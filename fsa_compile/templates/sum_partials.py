@@ -19,8 +19,11 @@ def sum_partials_tile(
     NUM_SELECTED: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum, in float32, of the partials of BLOCK_R rows (int64 ``rows``); slots that were never written are not read."""
-    exists, pos, slots, g = partial_slots(
+    """The sums of BLOCK_R rows' partials (int32 ``rows``); slots that were never written are not read.
+
+    Returns ``(total, b, t, h)``: float32 ``[BLOCK_R, BLOCK_D]``, and where the rows lie.
+    """
+    exists, pos, slots, g, b, t, h = partial_slots(
         rows, num_rows, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
         PACKED, NUM_KV_HEADS, GROUP, NUM_SELECTED,
     )  # fmt: skip
@@ -30,7 +33,7 @@ def sum_partials_tile(
         seen = exists & is_visible(block, pos, BLOCK_SIZE)
         partial = (slots * NUM_CHUNKS + i) * GROUP + g
         acc += load_tile(partial_ptr, partial * HEAD_DIM, seen, HEAD_DIM, BLOCK_D).to(tl.float32)
-    return acc  # [BLOCK_R, BLOCK_D]
+    return acc, b, t, h
 
 
 @triton.jit
@@ -41,13 +44,13 @@ def sum_partials_kernel(
     NUM_SELECTED: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = sum_partials_tile(
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    total, _, _, _ = sum_partials_tile(
         partial_ptr, block_indices_ptr, rows, num_rows,
         seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,
         PACKED, NUM_KV_HEADS, GROUP, HEAD_DIM, NUM_SELECTED, NUM_CHUNKS, BLOCK_SIZE, BLOCK_R, BLOCK_D,
     )  # fmt: skip
-    store_tile(out_ptr, rows * HEAD_DIM, rows < num_rows, total, HEAD_DIM, BLOCK_D)
+    store_tile(out_ptr, rows.to(tl.int64) * HEAD_DIM, rows < num_rows, total, HEAD_DIM, BLOCK_D)
 
 
 def meta(shape: PartialShape, packed: bool) -> Meta:

@@ -70,6 +70,22 @@ def dot(a, b):
 
 
 @triton.jit
+def accumulate(total, lost, value, COMPENSATED: tl.constexpr):
+    """``total + value``, and what rounding lost of it, which the next call returns to the sum (Kahan).
+
+    Long lists make float32 sums of thousands of terms; with 16-bit inputs their rounding does not show, and nothing is kept.
+    """
+    if COMPENSATED:
+        value -= lost
+        new_total = total + value
+        lost = (new_total - total) - value
+        total = new_total
+    else:
+        total += value
+    return total, lost
+
+
+@triton.jit
 def finite_max(row_max):
     """A row maximum that can be subtracted: 0 where no key was visible, so that ``-inf - max`` stays ``-inf``."""
     return tl.where(row_max == float("-inf"), 0.0, row_max)
