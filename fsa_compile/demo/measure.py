@@ -96,7 +96,7 @@ def tokens_per_second(forward: Forward, tokens: Tensor, targets: Tensor, seconds
 def settle_threads(seconds: float = 0.3) -> int:
     """Sets and returns the number of CPU threads: all that torch would use, or one if the machine has no room for them.
 
-    Threads of a parallel loop wait for each other: with one other busy process on two cores, two are far slower than one.
+    Threads of a parallel loop wait for each other: beside one busy process on two cores, two are far slower than one.
     """
 
     def rate(threads: int) -> float:
