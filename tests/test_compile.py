@@ -52,13 +52,15 @@ def attention(x: Inputs, loop_order: str = "auto") -> Tensor:
 
 def gradients(fn: Callable[[Inputs], Tensor], x: Inputs) -> tuple[Tensor, ...]:
     out = fn(x)
-    weight = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view_as(out)
+    weight = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
     return (out, *torch.autograd.grad((out * weight).sum(), (x.q, x.k, x.v, *x.gates)))
 
 
 def assert_like(got: Any, want: Any, tolerance: float) -> None:
     for g, w in zip(got, want, strict=True):
-        error = (g.double() - w.double()).norm() / w.double().norm().clamp(min=1e-12)
+        assert torch.equal(g.isinf(), w.isinf())
+        g, w = (x.double().masked_fill(x.isinf(), 0) for x in (g, w))
+        error = (g - w).norm() / w.norm().clamp(min=1e-12)
         assert error <= tolerance, float(error)
 
 
@@ -359,7 +361,7 @@ def test_gpu_gates_are_in_the_epilogue(order: str, dynamic: bool) -> None:
     got, code = emitted(torch.compile(fn, fullgraph=True, dynamic=dynamic), *args)
     kernels = [k for k in code.split("async_compile.triton(")[1:] if _MAIN[order] in k.split("async_compile")[0]]
     assert len(kernels) == 1
-    assert kernels[0].split("''', device_str")[0].count("sigmoid") == 3
+    assert kernels[0].split("''', device_str")[0].count("tl.sigmoid(") == 3
     assert_like([got], [fn(*args)], TOLERANCE[torch.bfloat16])
 
 

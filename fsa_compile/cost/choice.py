@@ -49,7 +49,7 @@ def _arguments(problem: Problem, device: Device) -> tuple[float, ...]:
     sizes = (p.batch, p.seq_len, p.seq_len_k, p.num_kv_heads, p.gqa_group_size, p.head_dim, p.head_dim_v)
     tiles = (p.query_rows, KV_OUTER_ROWS, ENTRIES_PER_TILE, p.chunks)
     flops = device.flops if p.itemsize <= 2 else device.flops_fp32
-    rates = (device.dram_bandwidth, device.l2_bandwidth, device.scatter_reach, device.sort_rate)
+    rates = (device.dram_bandwidth, device.l2_bandwidth, device.sort_rate)
     # In floats: the products of large sizes stay finite where they would be slow as big integers.
     values = (*sizes, p.block_size, p.num_selected, p.itemsize, *tiles, flops, *rates)
     return tuple(map(float, (*values, device.launch_overhead, device.num_sms)))

@@ -22,7 +22,6 @@ class Device:
     flops_fp32: float  # float32 matmul (IEEE, no TF32), peak
     dram_bandwidth: float  # B/s, reached by a streaming kernel
     l2_bandwidth: float  # B/s, reached by a kernel that gathers K/V blocks
-    scatter_reach: float  # B; scattered writes over a buffer this large take twice the time of streaming ones
     sort_rate: float  # int32 keys/s of a stable key-value sort
     launch_overhead: float  # s per kernel
     num_sms: int  # multiprocessors (compute units, cores)
@@ -51,7 +50,6 @@ DEVICES: dict[str, Device] = {
         flops_fp32=67 * _TERA,
         dram_bandwidth=3.7 * _TERA,
         l2_bandwidth=9.6 * _TERA,
-        scatter_reach=9.3 * _GIGA,
         sort_rate=10 * _GIGA,
         num_sms=132,
         memory=141 * _GIGA,
@@ -62,7 +60,6 @@ DEVICES: dict[str, Device] = {
         flops_fp32=67 * _TERA,
         dram_bandwidth=2.6 * _TERA,
         l2_bandwidth=9.6 * _TERA,
-        scatter_reach=9.3 * _GIGA,
         sort_rate=8 * _GIGA,
         num_sms=132,
         memory=80 * _GIGA,
@@ -73,7 +70,6 @@ DEVICES: dict[str, Device] = {
         flops_fp32=19.5 * _TERA,
         dram_bandwidth=1.55 * _TERA,
         l2_bandwidth=6.2 * _TERA,
-        scatter_reach=9.3 * _GIGA,
         sort_rate=4.5 * _GIGA,
         num_sms=108,
         memory=80 * _GIGA,
@@ -84,7 +80,6 @@ DEVICES: dict[str, Device] = {
         flops_fp32=75 * _TERA,
         dram_bandwidth=6.2 * _TERA,
         l2_bandwidth=11.2 * _TERA,
-        scatter_reach=9.3 * _GIGA,
         sort_rate=15 * _GIGA,
         num_sms=148,
         memory=180 * _GIGA,
@@ -95,7 +90,6 @@ DEVICES: dict[str, Device] = {
         flops_fp32=163 * _TERA,
         dram_bandwidth=4.1 * _TERA,
         l2_bandwidth=11.0 * _TERA,
-        scatter_reach=9.3 * _GIGA,
         sort_rate=8 * _GIGA,
         num_sms=304,
         memory=192 * _GIGA,
@@ -106,7 +100,6 @@ DEVICES: dict[str, Device] = {
         flops_fp32=19.5 * _TERA,
         dram_bandwidth=1.55 * _TERA,
         l2_bandwidth=6.2 * _TERA,
-        scatter_reach=9.3 * _GIGA,
         sort_rate=4.5 * _GIGA,
         num_sms=108,
         memory=40 * _GIGA,
@@ -118,7 +111,6 @@ DEVICES: dict[str, Device] = {
         flops_fp32=0.12 * _TERA,
         dram_bandwidth=10 * _GIGA,
         l2_bandwidth=4.8 * _GIGA,
-        scatter_reach=1e15,
         sort_rate=0.02 * _GIGA,
         launch_overhead=1e-5,
         num_sms=2,

@@ -163,7 +163,8 @@ def _selected_fwd_query_outer(
     q: Any, k: Any, v: Any, block_indices: Any, *tables: Any, block_size: int, scale: float
 ) -> tuple[Any, Any]:
     sizes = _sizes(q, k, v, block_indices, block_size, tables[0] is not None)
-    batch, seq_len, num_q_heads, _ = q.get_size()
+    batch, seq_len = q.get_size()[:2]
+    num_q_heads = sizes.num_kv_heads * sizes.group  # as a number: what follows is fused only into equal sizes
     lse = _inductor.empty([batch, seq_len, num_q_heads], torch.float32, q.get_device())
     inputs = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "block_indices_ptr": block_indices, "lse_ptr": lse}
     out = _call(

@@ -138,7 +138,7 @@ def _block_lists(
     visible = (block_indices >= 0) & (block_indices <= last_block[:, None, None])
     # A radix sort's time goes with the width of its keys.
     key_dtype = torch.int16 if num_lists < 2**15 else torch.int32
-    keys = torch.where(visible, block_indices + first_list, num_lists).to(key_dtype).view(-1)
+    keys = torch.where(visible, block_indices + first_list, num_lists).to(key_dtype).reshape(-1)
     keys, entries = torch.sort(keys, stable=True)
     lists = torch.arange(num_lists + 1, dtype=key_dtype, device=device)
     list_offsets = torch.searchsorted(keys, lists)

@@ -146,4 +146,5 @@ class PartialShape:
     @classmethod
     def of(cls, partial: torch.Tensor, block_size: int) -> PartialShape:
         """Read the sizes off a tensor of partials."""
-        return cls(*(int(size) for size in partial.shape[2:]), block_size)
+        num_kv_heads, num_selected, num_chunks, group, head_dim = map(int, partial.shape[2:])
+        return cls(num_kv_heads, num_selected, num_chunks, group, head_dim, block_size)

@@ -50,7 +50,7 @@ def selected_bwd_query_outer_tile(
         block = tl.load(indices + i // TILES)
         seen = is_visible(block, pos, BLOCK_SIZE)
         start = tl.where(seen, block, 0) * BLOCK_SIZE + (i % TILES) * BLOCK_N
-        visible = seen & (start + keys <= pos)
+        visible = start + keys <= tl.where(seen, pos, -1)
         key_row = (first_key + start).to(tl.int64)
         k = load_tile(k_base + key_row * stride_kt, keys * stride_kt, visible, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_base + key_row * stride_vt, keys * stride_vt, visible, HEAD_DIM_V, BLOCK_DV)
