@@ -22,8 +22,8 @@ class Device:
     flops_fp32: float  # float32 matmul (IEEE, no TF32), peak
     dram_bandwidth: float  # B/s, reached by a streaming kernel
     l2_bandwidth: float  # B/s, reached by a kernel that gathers K/V blocks
-    sort_rate: float  # int32 keys/s of a stable key-value sort
-    launch_overhead: float  # s per kernel
+    sort_rate: float  # entries/s that are sorted by block, the small kernels around the sort included
+    launch_overhead: float  # s per kernel, the host's share included
     num_sms: int  # multiprocessors (compute units, cores)
     memory: float  # B
     kind: str = "cuda"  # "cuda" (ROCm too) or "cpu"
@@ -31,26 +31,28 @@ class Device:
 
 def _gpu(name: str, **values: Any) -> Device:
     num_sms = int(values.pop("num_sms"))
-    return Device(name=name, num_sms=num_sms, launch_overhead=3e-6, kind="cuda", **values)
+    return Device(name=name, num_sms=num_sms, launch_overhead=15e-6, kind="cuda", **values)
 
 
-# H200: fitted to docs/cost-model.md's table (one H200, torch 2.11, triton 3.6, bf16, T=65536, HK=4, D=128, block 64,
-#   S=16). dram_bandwidth is 77 % of 4.8 TB/s; l2_bandwidth is 137 GB of K/V in 14 ms, where every query-outer kernel
-#   that was measured stops (13.3-18.5 ms at any G <= 16); scatter_reach makes the G=16 probe (17 GB of partials) come
-#   out right.
-# Others: data sheet x the fractions that the H200 reached. Not measured.
+# H200: fitted to this package's own kernels on one H200 (torch 2.11, triton 3.6, bf16, HK=4, block 64, S=16;
+#   tests/test_cost_measured.py, docs/cost-model.md). dram_bandwidth is 71 % of 4.8 TB/s: KV-outer partials and merge.
+#   l2_bandwidth is 57 % of 132 SMs x 64 B/clk x 1.785 GHz: 137 GB of K/V in 16.0 ms at any G <= 16, forward and dq.
+#   sort_rate: two radix passes and the small kernels, 0.25 ms of device time for 4.2M entries. launch_overhead is a
+#   compromise: eager calls below T = 2K are bound by the host, at 25 us a launch; a CUDA graph would hide most of that.
+# Others: data sheet x the fractions that the H200 reached, sorts as DRAM. Not measured.
 #   H100: the H200's die with 3.35 TB/s of HBM3. A100-80GB: 108 SMs x 64 B/clk x 1.41 GHz of L2, 2.04 TB/s.
 #   B200: 148 SMs x 64 B/clk x 1.85 GHz, 8 TB/s. MI300X: K/V come from the 17 TB/s Infinity Cache, 5.3 TB/s of HBM.
-# cuda: any other GPU; an A100's ratios, as only the ratios decide. cpu: two cores, fp32, from the ATen probe in
-#   docs/cost-model.md (0.46 s KV-outer, 3.6 s gathering K/V per query); its costs are for the report only.
+# cuda: any other GPU; an A100's ratios, as only the ratios decide. cpu: two cores, fp32, from an ATen probe (T = 16384,
+#   HK = 2, G = 4, D = 64: 0.46 s KV-outer, 3.6 s gathering K/V per query), its flops so that the GPU kernels' shares
+#   give what ATen reached; its costs are for the report only.
 DEVICES: dict[str, Device] = {
     "H200": _gpu(
         "H200",
         flops=989 * _TERA,
         flops_fp32=67 * _TERA,
-        dram_bandwidth=3.7 * _TERA,
-        l2_bandwidth=9.6 * _TERA,
-        sort_rate=10 * _GIGA,
+        dram_bandwidth=3.4 * _TERA,
+        l2_bandwidth=8.6 * _TERA,
+        sort_rate=15 * _GIGA,
         num_sms=132,
         memory=141 * _GIGA,
     ),
@@ -58,9 +60,9 @@ DEVICES: dict[str, Device] = {
         "H100",
         flops=989 * _TERA,
         flops_fp32=67 * _TERA,
-        dram_bandwidth=2.6 * _TERA,
-        l2_bandwidth=9.6 * _TERA,
-        sort_rate=8 * _GIGA,
+        dram_bandwidth=2.37 * _TERA,
+        l2_bandwidth=8.6 * _TERA,
+        sort_rate=10.5 * _GIGA,
         num_sms=132,
         memory=80 * _GIGA,
     ),
@@ -68,9 +70,9 @@ DEVICES: dict[str, Device] = {
         "A100",
         flops=312 * _TERA,
         flops_fp32=19.5 * _TERA,
-        dram_bandwidth=1.55 * _TERA,
-        l2_bandwidth=6.2 * _TERA,
-        sort_rate=4.5 * _GIGA,
+        dram_bandwidth=1.44 * _TERA,
+        l2_bandwidth=5.56 * _TERA,
+        sort_rate=6.4 * _GIGA,
         num_sms=108,
         memory=80 * _GIGA,
     ),
@@ -78,9 +80,9 @@ DEVICES: dict[str, Device] = {
         "B200",
         flops=2250 * _TERA,
         flops_fp32=75 * _TERA,
-        dram_bandwidth=6.2 * _TERA,
-        l2_bandwidth=11.2 * _TERA,
-        sort_rate=15 * _GIGA,
+        dram_bandwidth=5.67 * _TERA,
+        l2_bandwidth=10.0 * _TERA,
+        sort_rate=25 * _GIGA,
         num_sms=148,
         memory=180 * _GIGA,
     ),
@@ -88,9 +90,9 @@ DEVICES: dict[str, Device] = {
         "MI300X",
         flops=1307 * _TERA,
         flops_fp32=163 * _TERA,
-        dram_bandwidth=4.1 * _TERA,
-        l2_bandwidth=11.0 * _TERA,
-        sort_rate=8 * _GIGA,
+        dram_bandwidth=3.75 * _TERA,
+        l2_bandwidth=9.7 * _TERA,
+        sort_rate=16.5 * _GIGA,
         num_sms=304,
         memory=192 * _GIGA,
     ),
@@ -98,17 +100,17 @@ DEVICES: dict[str, Device] = {
         "cuda",
         flops=312 * _TERA,
         flops_fp32=19.5 * _TERA,
-        dram_bandwidth=1.55 * _TERA,
-        l2_bandwidth=6.2 * _TERA,
-        sort_rate=4.5 * _GIGA,
+        dram_bandwidth=1.44 * _TERA,
+        l2_bandwidth=5.56 * _TERA,
+        sort_rate=6.4 * _GIGA,
         num_sms=108,
         memory=40 * _GIGA,
     ),
     "cpu": Device(
         name="cpu",
         kind="cpu",
-        flops=0.12 * _TERA,
-        flops_fp32=0.12 * _TERA,
+        flops=0.3 * _TERA,
+        flops_fp32=0.3 * _TERA,
         dram_bandwidth=10 * _GIGA,
         l2_bandwidth=4.8 * _GIGA,
         sort_rate=0.02 * _GIGA,

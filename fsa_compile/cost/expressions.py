@@ -111,6 +111,7 @@ def _tensor(rows: Expr, *widths: Expr) -> Expr:
 
 
 _q_rows, _k_rows = B * T * HK * G, B * Tk * HK
+_read_rows = Min(_k_rows, E * bs)  # rows of k and v that are selected at all
 _items_q = B * T * HK
 # A query selects a block once, so no list is longer than the sequence.
 _items_kv = E * C / Min(N_w, T)
@@ -137,7 +138,7 @@ FORWARD_PASSES: dict[str, tuple[Pass, ...]] = {
             "each (token, KV head) walks its S blocks; every K/V block read again for every token",
             flops=2 * E * bs * M_q * (D + DV),
             l2_bytes=_tensor(E * bs, D, DV),
-            dram_bytes=_tensor(_q_rows, D, DV) + _tensor(_k_rows, D, DV) + 4 * _q_rows + 4 * E,
+            dram_bytes=_tensor(_q_rows, D, DV) + _tensor(_read_rows, D, DV) + 4 * _q_rows + 4 * E,
             items=_items_q,
         ),
     ),
@@ -148,7 +149,7 @@ FORWARD_PASSES: dict[str, tuple[Pass, ...]] = {
             "each K/V block meets the queries that selected it: gather q rows, write one partial and its lse per entry",
             flops=2 * _kv_rows * bs * (D + DV),
             l2_bytes=_tensor(W * bs, D, DV) + _tensor(P, D, DV),
-            dram_bytes=_tensor(P, D, DV) + _tensor(_k_rows, D, DV) + 4 * P + 8 * E,
+            dram_bytes=_tensor(P, D, DV) + _tensor(_read_rows, D, DV) + 4 * P + 8 * E,
             items=_items_kv,
         ),
         Pass(
@@ -184,7 +185,7 @@ BACKWARD_PASSES: dict[str, tuple[Pass, ...]] = {
             "s, dp, dq = ds k; K/V blocks read again for every token",
             flops=2 * E * bs * M_q * (2 * D + DV),
             l2_bytes=_tensor(E * bs, D, DV),
-            dram_bytes=_tensor(_q_rows, D, DV, D) + _tensor(_k_rows, D, DV) + 8 * _q_rows + 4 * E,
+            dram_bytes=_tensor(_q_rows, D, DV, D) + _tensor(_read_rows, D, DV) + 8 * _q_rows + 4 * E,
             items=_items_q,
         ),
         _TILE_SUM,
@@ -244,7 +245,10 @@ def describe(*, unicode: bool = False) -> str:
     lines += ["", "Derived sizes"]
     for symbol, expr in DERIVED.items():
         lines += pretty(expr, f"{symbol} =")
-    lines += ["", "A pass takes max(arithmetic, L2, DRAM) + sort + launch; 1 + SMs / items in the first three is the tail, in"]
+    lines += [
+        "",
+        "A pass takes max(arithmetic, L2, DRAM) + sort + launch; 1 + SMs / items in the first three is the tail, in",
+    ]
     lines += ["which the last work item runs by itself. Share of FLOPS that a kernel reaches:"]
     lines += [f"  {name:<18} {float(share):.3g}" for name, share in EFFICIENCY.items()]
     for direction, by_order in _PASSES.items():
