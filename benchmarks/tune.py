@@ -29,11 +29,11 @@ from fsa_compile.templates import (
 SPACES: dict[str, dict[str, list[int]]] = {
     "selected_fwd_query_outer": {"num_warps": [1, 2, 4], "num_stages": [1, 2, 3]},
     "selected_fwd_kv_outer": {"BLOCK_M": [64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
-    "merge_partials": {"BLOCK_R": [4, 8, 16, 32], "num_warps": [1, 2, 4], "num_stages": [2, 3]},
+    "merge_partials": {"BLOCK_R": [1, 2, 4, 8], "num_warps": [1, 2, 4]},
     "selected_bwd_query_outer": {"num_warps": [1, 2, 4], "num_stages": [1, 2, 3]},
     "selected_bwd_kv_outer": {"BLOCK_M": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
     "selected_bwd_kv_outer_dq": {"BLOCK_M": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
-    "sum_partials": {"BLOCK_R": [4, 8, 16, 32], "num_warps": [1, 2, 4], "num_stages": [2, 3]},
+    "sum_partials": {"BLOCK_R": [1, 2, 4, 8], "num_warps": [1, 2, 4]},
 }
 MODULES = {
     "selected_fwd_query_outer": selected_fwd_query_outer,

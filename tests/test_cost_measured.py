@@ -11,7 +11,7 @@ from fsa_compile.cost import DEVICES, Choice, Problem, breakdown, choose
 H200 = DEVICES["H200"]
 
 # ms of the eager operators, lists included: one NVIDIA H200, torch 2.11.0+cu130, triton 3.6.0, bf16, 4 KV heads,
-# block 64, S = 16, `python -m benchmarks.selected --eager-only --groups G --seq-len T --head-dim D --localities LOCALITY`.
+# block 64, S = 16; `python -m benchmarks.selected --eager-only` with --groups, --seq-len, --head-dim and --localities.
 # (locality, D, T): {G: (forward fsa, forward nsa, backward fsa, backward nsa)}
 MEASURED: dict[tuple[str, int, int], dict[int, tuple[float, float, float, float]]] = {
     ("random", 128, 1024): {

@@ -5,6 +5,9 @@ import triton.language as tl
 
 from .tiles import load_tile, sequence_of
 
+# Partials of a row up to which their loop is unrolled.
+MAX_UNROLLED = tl.constexpr(64)
+
 
 @triton.jit
 def list_tile(

@@ -7,8 +7,20 @@ import triton
 import triton.language as tl
 
 from .config import Meta, PartialShape, Tables, next_power_of_2
-from .lists import partial_slots
+from .lists import MAX_UNROLLED, partial_slots
 from .tiles import is_visible, load_tile, store_tile
+
+
+@triton.jit
+def one_partial(
+    partial_ptr, block_indices_ptr, exists, pos, slots, g, i,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Each row's ``i``-th partial, 0 where its slot's block is not visible."""  # [BLOCK_R, BLOCK_D]
+    block = tl.load(block_indices_ptr + slots + i // NUM_CHUNKS)
+    seen = exists & is_visible(block, pos, BLOCK_SIZE)
+    partial = (slots * NUM_CHUNKS + i) * GROUP + g
+    return load_tile(partial_ptr, partial * HEAD_DIM, seen, HEAD_DIM, BLOCK_D).to(tl.float32)
 
 
 @triton.jit
@@ -28,11 +40,17 @@ def sum_partials_tile(
         PACKED, NUM_KV_HEADS, GROUP, NUM_SELECTED,
     )  # fmt: skip
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for i in range(NUM_SELECTED * NUM_CHUNKS):
-        block = tl.load(block_indices_ptr + slots + i // NUM_CHUNKS)
-        seen = exists & is_visible(block, pos, BLOCK_SIZE)
-        partial = (slots * NUM_CHUNKS + i) * GROUP + g
-        acc += load_tile(partial_ptr, partial * HEAD_DIM, seen, HEAD_DIM, BLOCK_D).to(tl.float32)
+    NUM_PARTIALS: tl.constexpr = NUM_SELECTED * NUM_CHUNKS
+    if NUM_PARTIALS <= MAX_UNROLLED:  # so that the loads of all slots are in flight together
+        for i in tl.static_range(NUM_PARTIALS):
+            acc += one_partial(
+                partial_ptr, block_indices_ptr, exists, pos, slots, g, i, GROUP, HEAD_DIM, NUM_CHUNKS, BLOCK_SIZE, BLOCK_D
+            )
+    else:
+        for i in range(NUM_PARTIALS):
+            acc += one_partial(
+                partial_ptr, block_indices_ptr, exists, pos, slots, g, i, GROUP, HEAD_DIM, NUM_CHUNKS, BLOCK_SIZE, BLOCK_D
+            )
     return acc, b, t, h
 
 
@@ -64,9 +82,9 @@ def meta(shape: PartialShape, packed: bool) -> Meta:
         "NUM_SELECTED": shape.num_selected,
         "NUM_CHUNKS": shape.num_chunks,
         "BLOCK_SIZE": shape.block_size,
-        "BLOCK_R": max(1, 512 // block_d),
+        "BLOCK_R": max(1, 256 // block_d),
         "BLOCK_D": block_d,
-        "num_warps": 4,
+        "num_warps": 1,
         "num_stages": 2,
     }
 
