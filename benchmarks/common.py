@@ -50,8 +50,8 @@ def causal_block_indices(
 ) -> torch.Tensor:
     """Block indices as the selection makes them: the first, current and previous block always, the rest drawn.
 
-    `locality="random"` draws for every token by itself; `"local"` lets 64 neighbours share most of their draw, as trained models do.
-    Returns (1, seq_len, num_kv_heads, num_selected), int32, ascending, -1 at the end.
+    `locality="random"` draws for every token by itself; `"local"` lets 64 neighbours share most of their draw, as
+    trained models do. Returns (1, seq_len, num_kv_heads, num_selected), int32, ascending, -1 at the end.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     num_blocks = -(-seq_len // block_size)
@@ -77,7 +77,7 @@ def causal_block_indices(
 def measure(
     variants: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 2, device: torch.device | str = "cuda"
 ) -> dict[str, float]:
-    """Median milliseconds of each variant; the variants take turns, so that drift of a shared machine hits all alike."""
+    """Median milliseconds of each variant; they take turns, so that drift of a shared machine hits all alike."""
     for _ in range(warmup):
         for run in variants.values():
             run()

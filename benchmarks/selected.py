@@ -1,7 +1,10 @@
-"""The selected branch on a GPU, index build included: `python -m benchmarks.selected --out benchmarks/results/selected_h200.csv`.
+"""The selected branch on a GPU, index build included.
 
-Both loop orders, eager and as Inductor templates, forward and backward; and the gates and the sum of the three branches after the
-forward, fused into the template's epilogue or left to a kernel of their own. All variants of one row group take turns in one run.
+    python -m benchmarks.selected --out benchmarks/results/selected_h200.csv
+
+Both loop orders, eager and as Inductor templates, forward and backward; and the gates and the sum of the three
+branches after the forward, fused into the template's epilogue or left to a kernel of their own. All variants of one
+row group take turns in one run.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def compiled(fn: Callable[..., Any], *args: Any, fuse: bool = True) -> Callable[
     # Dynamo keeps what it compiled by code object: the same source in another object is compiled anew.
     fn = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     original = lower.fuses_epilogue
-    lower.fuses_epilogue = (lambda *_: original(*_)) if fuse else (lambda *_: False)
+    lower.fuses_epilogue = lambda meta: fuse
     try:
         result = torch.compile(fn, fullgraph=True, dynamic=False)
         with torch.no_grad():

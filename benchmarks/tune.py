@@ -1,4 +1,6 @@
-"""Time the launch options of the kernels of the selected branch, one kernel at a time: `python -m benchmarks.tune --out tune.csv`.
+"""Time the launch options of the kernels of the selected branch, one kernel at a time.
+
+    python -m benchmarks.tune --out tune.csv
 
 The defaults in `fsa_compile/templates/*.py` are the winners of such runs.
 """
@@ -115,7 +117,7 @@ def main() -> None:
         for name in args.kernels:
             found = []
             for values in itertools.product(*SPACES[name].values()):
-                options = dict(zip(SPACES[name], values))
+                options = dict(zip(SPACES[name], values, strict=True))
                 with overridden(MODULES[name], options):
                     try:
                         ms = measure({name: runs[name]}, rounds=args.rounds, warmup=1)[name]

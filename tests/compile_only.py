@@ -47,7 +47,9 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel needs: bytes of shared memory, registers a thread (None where not known), bytes spilled a thread."""
+    """What one compiled kernel needs: bytes of shared memory, registers a thread (None where not known), bytes
+    spilled a thread.
+    """
 
     shared: int
     registers: int | None
@@ -58,7 +60,7 @@ def compile_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targ
     """Compile a recorded launch for `target` with the specialisations that a launch would make."""
     names = kernel.arg_names
     options = {key: kwargs[key] for key in _OPTIONS if key in kwargs}
-    values = dict(zip(names, args)) | {key: value for key, value in kwargs.items() if key not in _OPTIONS}
+    values = dict(zip(names, args, strict=False)) | {key: value for key, value in kwargs.items() if key not in _OPTIONS}
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}

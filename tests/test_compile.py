@@ -349,7 +349,7 @@ def test_gpu_training_in_both_orders(order: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("order", ["fsa", "nsa"])
 def test_gpu_gates_are_in_the_epilogue(order: str, dynamic: bool) -> None:
-    x = make_inputs(_LONG, "cuda", torch.bfloat16)
+    x = make_inputs(replace(_LONG, num_kv_heads=1, gqa_group_size=16), "cuda", torch.bfloat16)
     o_cmp, o_swa = torch.randn_like(x.q), torch.randn_like(x.q)
 
     def fn(q, k, v, block_indices, o_cmp, o_swa, g_cmp, g_slc, g_swa):

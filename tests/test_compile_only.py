@@ -30,8 +30,8 @@ MODULES = (
     selected_fwd_query_outer,
     sum_partials,
 )
-# Bytes a thread may spill. The two kernels named took less time on an H200 with a few registers spilled than without; heads wider
-# than 128 do not fit the backward's four tiles and are not tuned.
+# Bytes a thread may spill. The two kernels named took less time on an H200 with a few registers spilled than without;
+# heads wider than 128 do not fit the backward's four tiles and are not tuned.
 STACK = 16  # a few bytes of stack are not spills
 SPILL_ALLOWANCE = {"selected_bwd_kv_outer_kernel": 128, "selected_bwd_query_outer_kernel": 32}
 WIDE_SPILL_ALLOWANCE = 640

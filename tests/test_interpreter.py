@@ -1,4 +1,4 @@
-"""`test_kernels.py` in Triton's interpreter, which has to be switched on before Triton is imported: in a process of its own."""
+"""`test_kernels.py` in Triton's interpreter, in a process of its own: it has to be on before Triton is imported."""
 
 from __future__ import annotations
 

@@ -115,7 +115,8 @@ def backward_order(tensors: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("order", ORDERS)
 def test_forward_is_templates_with_the_gates_in_the_last_one(order: str, dynamic: bool, packed: bool) -> None:
     harness = Harness()
-    code = harness.emit(gated(order), *fakes(harness, dynamic=dynamic, packed=packed))
+    tensors = fakes(harness, dynamic=dynamic, packed=packed, group=16 if order == "nsa" else 4)
+    code = harness.emit(gated(order), *tensors)
     assert templates_of(code) == FORWARD_TEMPLATES[order]
     kernels = list(kernels_of(code).values())
     assert len(kernels) == len(FORWARD_TEMPLATES[order]), "the gates have a kernel of their own"
@@ -179,14 +180,15 @@ def test_a_reader_of_lse_is_not_fused_into_the_kernel_that_writes_it(order: str)
     assert len(kernels_of(code)) == len(FORWARD_TEMPLATES[order]) + 1
 
 
-def test_the_predicate_keeps_the_gates_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lower, "fuses_epilogue", lambda kernel, dtype: False)
+@pytest.mark.parametrize(
+    ("order", "group", "fused"), [("nsa", 4, False), ("nsa", 16, True), ("fsa", 1, True), ("fsa", 4, True)]
+)
+def test_gates_are_fused_where_that_measured_faster(order: str, group: int, fused: bool) -> None:
     harness = Harness()
-    code = harness.emit(gated("nsa"), *fakes(harness))
-    assert templates_of(code) == FORWARD_TEMPLATES["nsa"]
-    template, pointwise = kernels_of(code).values()
-    assert "sigmoid" not in template
-    assert pointwise.count("sigmoid") == 3
+    code = harness.emit(gated(order), *fakes(harness, group=group))
+    assert templates_of(code) == FORWARD_TEMPLATES[order]
+    counts = [kernel.count("sigmoid") for kernel in kernels_of(code).values()]
+    assert counts == [0] * (len(FORWARD_TEMPLATES[order]) - fused) + [3]
 
 
 def test_views_of_one_projection_are_read_where_they_lie() -> None:
@@ -223,7 +225,7 @@ def test_emitted_kernels_compile_for_sm_90(order: str, make: Callable[..., Any])
     from triton.compiler import ASTSource
 
     harness = Harness()
-    tensors = fakes(harness, dynamic=True, packed=order == "fsa")
+    tensors = fakes(harness, dynamic=True, packed=order == "fsa", group=16)
     code = harness.emit(make(order), *(tensors if make is gated else backward_order(tensors)))
     for name, source in kernels_of(code).items():
         if "triton_heuristics.template" not in source:

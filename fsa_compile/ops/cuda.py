@@ -1,6 +1,7 @@
 """The selected branch on CUDA: each loop order as a sequence of internal operators.
 
-The eager operators run these sequences; the lowering traces the same ones into the graph, so there is one definition of an order.
+The eager operators run these sequences; the lowering traces the same ones into the graph, so there is one definition
+of an order.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Internal operators that fix the loop order of the selected branch; the eager CUDA path and the lowering both call them.
+"""Internal operators that fix the loop order of the selected branch; eager CUDA and the lowering both call them.
 
-NSA order walks the blocks of a query (`_query_outer`); FSA order walks the queries of a block (`_kv_outer`), leaves one partial per
-(query, slot) and merges. Names and shapes, besides those of the semantic operators:
+NSA order walks the blocks of a query (`_query_outer`). FSA order walks the queries of a block (`_kv_outer`), leaves one
+partial per (query, slot) and merges. Names and shapes, besides those of the semantic operators:
 
 - an *entry* is one (batch, row, key/value head, slot) of block_indices, numbered in row-major order;
-- a *list* is the entries that chose one block, numbered `hk * num_blocks + block` with blocks counted over all sequences;
+- a *list* is the entries that chose one block, numbered `hk * num_blocks + block`, blocks counted over all sequences;
 - a *tile* is up to `ENTRIES_PER_TILE` consecutive entries of a list;
-- partials are `[B, T, HK, S, C, G, D]`: C chunks of a block (1 up to 64 keys), G heads of the group; those of the forward come with
-  their softmax statistics `[B, T, HK, S, C, G, 2]` (maximum and sum, base 2). Slots whose block is not visible are never written and
-  never read.
+- *partials* are `[B, T, HK, S, C, G, D]`: C chunks of a block (1 up to 64 keys), G heads of the group; the forward's
+  come with their softmax statistics `[B, T, HK, S, C, G, 2]` (maximum and sum, base 2). Slots whose block is not
+  visible are never written and never read.
 
 Nothing here waits for the device, and results do not depend on the order in which lists were built.
 """
@@ -50,7 +50,7 @@ def _packed_tables_fake(
 
 
 def _sequence_ids(offsets: Tensor, total: int) -> Tensor:
-    """The sequence of every one of `total` items laid out by `offsets` `[num_seqs + 1]`; items past the end get the last one."""
+    """The sequence of each of `total` items that lie by `offsets` `[num_seqs + 1]`; past the end, the last one."""
     items = torch.arange(total, dtype=offsets.dtype, device=offsets.device)
     ids = torch.searchsorted(offsets[1:], items, right=True, out_int32=True)
     return ids.clamp_(max=offsets.shape[0] - 2)
@@ -129,7 +129,9 @@ def _block_lists(
         last_block = (rows + (seq_len_k - seq_len)) // block_size
         first_block = torch.arange(batch, dtype=torch.int32, device=device)[:, None] * (-(-seq_len_k // block_size))
     else:
-        assert cu_seqlens_q is not None and cu_seqlens_k is not None and block_base is not None
+        assert cu_seqlens_q is not None
+        assert cu_seqlens_k is not None
+        assert block_base is not None
         shift = cu_seqlens_k.diff() - cu_seqlens_q.diff() - cu_seqlens_q[:-1]
         last_block = (rows + shift[seq_ids]) // block_size
         first_block = block_base[seq_ids][None]
@@ -151,8 +153,8 @@ def _block_lists(
 
 
 define(
-    f"_block_lists(Tensor block_indices, {_TABLES}, Tensor? block_base, Tensor? block_seq_ids, *, SymInt seq_len_k, int block_size) "
-    f"-> ({_LISTS})"
+    f"_block_lists(Tensor block_indices, {_TABLES}, Tensor? block_base, Tensor? block_seq_ids, *, SymInt seq_len_k, "
+    f"int block_size) -> ({_LISTS})"
 )
 fake("_block_lists", _block_lists_fake)
 impl("_block_lists", _block_lists, "CUDA", "CPU")
@@ -203,8 +205,8 @@ def _selected_fwd_query_outer(
 
 
 define(
-    f"_selected_fwd_query_outer(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_TABLES}, *, int block_size, float scale) "
-    "-> (Tensor out, Tensor lse)"
+    f"_selected_fwd_query_outer(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_TABLES}, *, int block_size, "
+    "float scale) -> (Tensor out, Tensor lse)"
 )
 fake("_selected_fwd_query_outer", _selected_fwd_query_outer_fake)
 impl("_selected_fwd_query_outer", _selected_fwd_query_outer, *KERNEL_KEYS)
@@ -268,8 +270,8 @@ def _selected_fwd_kv_outer(
 
 
 define(
-    f"_selected_fwd_kv_outer(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_LISTS}, {_TABLES}, *, int block_size, float scale) "
-    "-> (Tensor partial_out, Tensor partial_stats)"
+    f"_selected_fwd_kv_outer(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_LISTS}, {_TABLES}, *, "
+    "int block_size, float scale) -> (Tensor partial_out, Tensor partial_stats)"
 )
 fake("_selected_fwd_kv_outer", _selected_fwd_kv_outer_fake)
 impl("_selected_fwd_kv_outer", _selected_fwd_kv_outer, *KERNEL_KEYS)
@@ -313,8 +315,8 @@ def _merge_partials(
 
 
 define(
-    f"_merge_partials(Tensor partial_out, Tensor partial_stats, Tensor block_indices, {_TABLES}, *, SymInt seq_len_k, int block_size) "
-    "-> (Tensor out, Tensor lse)"
+    f"_merge_partials(Tensor partial_out, Tensor partial_stats, Tensor block_indices, {_TABLES}, *, SymInt seq_len_k, "
+    "int block_size) -> (Tensor out, Tensor lse)"
 )
 fake("_merge_partials", _merge_partials_fake)
 impl("_merge_partials", _merge_partials, *KERNEL_KEYS)

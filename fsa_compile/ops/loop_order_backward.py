@@ -1,7 +1,8 @@
 """Internal operators of the selected branch's backward; see `loop_order` for names and shapes.
 
-dk and dv always come from a pass with key blocks outside. dq comes from a query-outer pass (NSA order) or as partials out of that same
-pass (FSA order). dk and dv leave it as float32 tiles `[num_tiles, C, BLOCK_N, D]`, which are then added in list order.
+dk and dv always come from a pass with key blocks outside. dq comes from a query-outer pass (NSA order) or as partials
+out of that same pass (FSA order). dk and dv leave it as float32 tiles `[num_tiles, C, BLOCK_N, D]`, which are then
+added in list order.
 """
 
 from __future__ import annotations

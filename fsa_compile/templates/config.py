@@ -12,7 +12,8 @@ Meta = dict[str, int | bool]
 Tables = tuple["torch.Tensor | None", "torch.Tensor | None", "torch.Tensor | None"]
 
 # How many entries of a block's list one program serves. The lists of blocks that every query must select are as long as
-# the sequence, so they are cut; the cost of a cut is one more load of the block and one more float32 tile in the backward.
+# the sequence, so they are cut; the cost of a cut is one more load of the block and one more float32 tile in the
+# backward.
 ENTRIES_PER_TILE = 1024
 
 
@@ -79,7 +80,7 @@ class StaticSizes:
 
     @property
     def block_n(self) -> int:
-        """Keys of a block that a kernel holds on chip at once; the KV-outer kernels cut wider blocks into ``num_chunks``.
+        """Keys of a block on chip at once; the KV-outer kernels cut wider blocks into ``num_chunks``.
 
         float32 is multiplied without tensor cores, from registers, so it takes narrower tiles.
         """

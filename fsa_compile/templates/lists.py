@@ -29,8 +29,9 @@ def list_tile(
 ):
     """Which entries tile ``w`` holds and which block they chose; the tile's first entry tells everything else.
 
-    Returns ``(first, last, block, hk, b, first_row, first_pos, first_key, len_k)``, the last five as ``tiles.sequence_of``.
-    ``first == last`` for the unused tiles at the end, whose other values are harmless to compute with.
+    Returns ``(first, last, block, hk, b, first_row, first_pos, first_key, len_k)``, the last five as
+    ``tiles.sequence_of``. ``first == last`` for the unused tiles at the end, whose other values are harmless to
+    compute with.
     """
     block_list = tl.load(tile_list_ptr + w)
     used = block_list >= 0
@@ -66,7 +67,8 @@ def list_rows(
 ):
     """The ``m``-th BLOCK_M rows of a tile. A row is one query head of one entry, so that a group's heads go together.
 
-    Returns ``(valid, n, g, partial)``: whether the row exists, its query row, its head within the group, its partial's row.
+    Returns ``(valid, n, g, partial)``: whether the row exists, its query row, its head within the group, its
+    partial's row.
     """
     row = m * BLOCK_M + tl.arange(0, BLOCK_M)
     position = first + row // GROUP
@@ -107,8 +109,9 @@ def partial_slots(
 ):  # fmt: skip
     """Where the slots of output rows (one query head each, int32) lie.
 
-    Returns ``(exists, pos, slots, g, b, t, h)``: whether a row exists, its position, its first entry (int64), its head within the
-    group; and its place in the output. Rows are int32, as a 64-bit division takes as long as a row's loads.
+    Returns ``(exists, pos, slots, g, b, t, h)``: whether a row exists, its position, its first entry (int64), its
+    head within the group; and its place in the output. Rows are int32, as a 64-bit division takes as long as a row's
+    loads.
     """
     exists = rows < num_rows
     rows = tl.where(exists, rows, 0)

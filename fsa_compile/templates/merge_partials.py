@@ -14,7 +14,8 @@ from .tiles import finite_max, is_visible, load_tile, log_sum_exp, store_tile
 @triton.jit
 def weighted_partial(
     partial_out_ptr, partial_stats_ptr, block_indices_ptr, exists, pos, slots, g, i, shift, total,
-    GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """What each row's ``i``-th partial adds to its output."""  # [BLOCK_R, BLOCK_DV]
     block = tl.load(block_indices_ptr + slots + i // NUM_CHUNKS)
@@ -36,8 +37,8 @@ def merge_partials_tile(
 ):  # fmt: skip
     """Merged attention of BLOCK_R output rows (int32 ``rows``).
 
-    Returns ``(out, lse, b, t, h)``: float32 ``[BLOCK_R, BLOCK_DV]`` and ``[BLOCK_R]``, and where the rows lie. A slot whose block
-    is not visible was never written, so its partial is not read.
+    Returns ``(out, lse, b, t, h)``: float32 ``[BLOCK_R, BLOCK_DV]`` and ``[BLOCK_R]``, and where the rows lie. A slot
+    whose block is not visible was never written, so its partial is not read.
     """
     exists, pos, slots, g, b, t, h = partial_slots(
         rows, num_rows, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr,

@@ -27,13 +27,15 @@ class BlockTables(NamedTuple):
 
 @triton.jit
 def reduce_tiles_tile(
-    tiles_ptr, tile_offsets_ptr, cu_seqlens_k_ptr, block_base_ptr, block_seq_ids_ptr, block, num_blocks, hk, chunk, seq_len_k,
+    tiles_ptr, tile_offsets_ptr, cu_seqlens_k_ptr, block_base_ptr, block_seq_ids_ptr, block, num_blocks, hk, chunk,
+    seq_len_k,
     PACKED: tl.constexpr, NUM_CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the keys of one chunk of ``block`` (numbered over all sequences).
 
-    Returns ``(total, b, t, exists)``: float32 ``[BLOCK_N, BLOCK_D]``, the batch index, the keys' rows and which of them exist.
+    Returns ``(total, b, t, exists)``: float32 ``[BLOCK_N, BLOCK_D]``, the batch index, the keys' rows and which of
+    them exist.
     """
     if PACKED:
         seq = tl.load(block_seq_ids_ptr + block)

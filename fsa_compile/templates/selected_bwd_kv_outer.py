@@ -1,6 +1,7 @@
-"""Backward with key blocks outside: dk and dv of a block from the rows that chose it and, in FSA order, partials of their dq.
+"""Backward with key blocks outside: dk and dv of a block and, in FSA order, partials of dq of the rows that chose it.
 
-A block's list may be cut into several tiles, so each tile writes float32 sums of its own, which ``reduce_tiles`` adds in order.
+A block's list may be cut into several tiles, so each tile writes float32 sums of its own, which ``reduce_tiles`` adds
+in order.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ def selected_bwd_kv_outer_step(
 ):  # fmt: skip
     """What BLOCK_M rows add to a chunk's gradients.
 
-    Returns ``(dk, dv, ds_t)``: float32 ``[BLOCK_N, BLOCK_D]``, ``[BLOCK_N, BLOCK_DV]`` and the gradient of the scores before
-    scaling, ``[BLOCK_N, BLOCK_M]`` (keys first, so that both products take it as it lies in registers). dk lacks the factor ``scale``.
+    Returns ``(dk, dv, ds_t)``: float32 ``[BLOCK_N, BLOCK_D]``, ``[BLOCK_N, BLOCK_DV]`` and the gradient of the scores
+    before scaling, ``[BLOCK_N, BLOCK_M]`` (keys first, so that both products take it as it lies in registers). dk
+    lacks the factor ``scale``.
     """
     t = (n - first_row).to(tl.int64)
     q = load_tile(q_base, t * stride_qt + g * stride_qh, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
@@ -48,7 +50,8 @@ def selected_bwd_kv_outer_kernel(
     stride_gb, stride_gt, stride_gh, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, scale,
-    PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     NUM_SELECTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ENTRIES_PER_TILE: tl.constexpr, WITH_DQ: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +72,7 @@ def selected_bwd_kv_outer_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     dk_lost = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_lost = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for m in range(0, tl.cdiv((last - first) * GROUP, BLOCK_M)):
+    for m in range(tl.cdiv((last - first) * GROUP, BLOCK_M)):
         valid, n, g, partial = list_rows(
             entries_ptr, first, last, m, chunk, NUM_KV_HEADS, GROUP, NUM_SELECTED, NUM_CHUNKS, BLOCK_M
         )
@@ -118,7 +121,7 @@ def launch(
     block_size: int,
     scale: float,
 ) -> None:
-    """Fill the float32 tiles ``[W, C, BLOCK_N, D]`` of dk and dv and, unless None, dq's partials ``[B, T, HK, S, C, G, D]``."""
+    """Fill the float32 tiles ``[W, C, BLOCK_N, D]`` of dk and dv and, unless None, dq's partials."""
     sizes = StaticSizes.of(q, k, v, block_indices, block_size, tables[0] is not None)
     num_tiles = lists.tile_list.shape[0]
     if num_tiles == 0:

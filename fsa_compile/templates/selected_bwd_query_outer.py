@@ -1,4 +1,7 @@
-"""NSA loop order, backward: dq, one program per (query row, key/value head). dk and dv are ``selected_bwd_kv_outer``'s."""
+"""NSA loop order, backward: dq, one program per (query row, key/value head).
+
+dk and dv are ``selected_bwd_kv_outer``'s.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ def selected_bwd_query_outer_tile(
     stride_gb, stride_gt, stride_gh, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     n, hk, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, scale,
-    PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     NUM_SELECTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +71,8 @@ def selected_bwd_query_outer_kernel(
     stride_gb, stride_gt, stride_gh, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, scale,
-    PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     NUM_SELECTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +83,8 @@ def selected_bwd_query_outer_kernel(
         stride_gb, stride_gt, stride_gh, stride_qb, stride_qt, stride_qh,
         stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         n, hk, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, scale,
-        PACKED, NUM_KV_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, NUM_SELECTED, BLOCK_SIZE, BLOCK_D, BLOCK_DV, BLOCK_G, BLOCK_N,
+        PACKED, NUM_KV_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, NUM_SELECTED, BLOCK_SIZE, BLOCK_D, BLOCK_DV, BLOCK_G,
+        BLOCK_N,
     )  # fmt: skip
     heads = tl.arange(0, BLOCK_G)
     row = (n.to(tl.int64) * NUM_KV_HEADS + hk) * GROUP

@@ -1,6 +1,7 @@
-"""FSA loop order, forward: one program per (tile of a block's list, chunk of the block) serves the rows that chose the block.
+"""FSA loop order, forward: one program per tile of a block's list and chunk of the block serves the rows listed.
 
-Every partial carries its own softmax statistics, so no statistics pass has to run first and the merge is exact for every row.
+Every partial carries its own softmax statistics, so no statistics pass has to run first and the merge is exact for
+every row.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def selected_fwd_kv_outer_step(
 ):  # fmt: skip
     """Attention of BLOCK_M rows over the keys of one chunk, with a softmax of its own.
 
-    Returns float32 ``(out [BLOCK_M, BLOCK_DV], row_max [BLOCK_M], row_sum [BLOCK_M])``: the normalised output and the softmax
-    statistics in base 2; a row that sees no key of the chunk has 0, ``-inf`` and 0.
+    Returns float32 ``(out [BLOCK_M, BLOCK_DV], row_max [BLOCK_M], row_sum [BLOCK_M])``: the normalised output and the
+    softmax statistics in base 2; a row that sees no key of the chunk has 0, ``-inf`` and 0.
     """
     rows = (n - first_row).to(tl.int64) * stride_qt + g * stride_qh
     q = load_tile(q_base, rows, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
@@ -37,7 +38,7 @@ def selected_fwd_kv_outer_step(
 
 @triton.jit
 def store_stats(partial_stats_ptr, partial, valid, row_max, row_sum):
-    """Keep maximum and sum apart: rounded into one log-sum-exp, logits of 1e4 would lose the weights between partials."""
+    """Keep maximum and sum apart: one log-sum-exp, rounded at 1e4, would lose the weights between partials."""
     tl.store(partial_stats_ptr + partial * 2, row_max, mask=valid)
     tl.store(partial_stats_ptr + partial * 2 + 1, row_sum, mask=valid)
 
@@ -48,7 +49,8 @@ def selected_fwd_kv_outer_kernel(
     partial_out_ptr, partial_stats_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, scale,
-    PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     NUM_SELECTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ENTRIES_PER_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +64,7 @@ def selected_fwd_kv_outer_kernel(
     k = load_chunk(k_ptr, stride_kb, stride_kt, stride_kh, b, hk, first_key, keys, exists, HEAD_DIM, BLOCK_D)
     v = load_chunk(v_ptr, stride_vb, stride_vt, stride_vh, b, hk, first_key, keys, exists, HEAD_DIM_V, BLOCK_DV)
     q_base = head_base(q_ptr, stride_qb, stride_qh, b, hk, GROUP)
-    for m in range(0, tl.cdiv((last - first) * GROUP, BLOCK_M)):
+    for m in range(tl.cdiv((last - first) * GROUP, BLOCK_M)):
         valid, n, g, partial = list_rows(
             entries_ptr, first, last, m, chunk, NUM_KV_HEADS, GROUP, NUM_SELECTED, BLOCK_SIZE // BLOCK_N, BLOCK_M
         )
@@ -96,7 +98,7 @@ def launch(
     block_size: int,
     scale: float,
 ) -> None:
-    """Fill ``partial_out`` ``[B, T, HK, S, C, G, DV]`` and ``partial_stats`` ``[B, T, HK, S, C, G, 2]`` wherever a slot's block is visible."""
+    """Fill partials ``[B, T, HK, S, C, G, DV]`` and their statistics ``[..., 2]`` where a slot's block is visible."""
     sizes = StaticSizes.of(q, k, v, block_indices, block_size, tables[0] is not None)
     num_tiles = lists.tile_list.shape[0]
     if num_tiles == 0:

@@ -14,7 +14,8 @@ from .tiles import is_visible, load_tile, store_tile
 @triton.jit
 def one_partial(
     partial_ptr, block_indices_ptr, exists, pos, slots, g, i,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Each row's ``i``-th partial, 0 where its slot's block is not visible."""  # [BLOCK_R, BLOCK_D]
     block = tl.load(block_indices_ptr + slots + i // NUM_CHUNKS)
@@ -44,13 +45,15 @@ def sum_partials_tile(
     if NUM_PARTIALS <= MAX_UNROLLED:  # so that the loads of all slots are in flight together
         for i in tl.static_range(NUM_PARTIALS):
             acc += one_partial(
-                partial_ptr, block_indices_ptr, exists, pos, slots, g, i, GROUP, HEAD_DIM, NUM_CHUNKS, BLOCK_SIZE, BLOCK_D
-            )
+                partial_ptr, block_indices_ptr, exists, pos, slots, g, i,
+                GROUP, HEAD_DIM, NUM_CHUNKS, BLOCK_SIZE, BLOCK_D,
+            )  # fmt: skip
     else:
         for i in range(NUM_PARTIALS):
             acc += one_partial(
-                partial_ptr, block_indices_ptr, exists, pos, slots, g, i, GROUP, HEAD_DIM, NUM_CHUNKS, BLOCK_SIZE, BLOCK_D
-            )
+                partial_ptr, block_indices_ptr, exists, pos, slots, g, i,
+                GROUP, HEAD_DIM, NUM_CHUNKS, BLOCK_SIZE, BLOCK_D,
+            )  # fmt: skip
     return acc, b, t, h
 
 

@@ -15,8 +15,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 def sequence_of(n, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, PACKED: tl.constexpr):
     """The sequence that row ``n`` (scalar or tile) belongs to.
 
-    Returns ``(b, first_row, first_pos, first_key, len_k)``: the batch index; ``t = n - first_row`` on the time axis; the
-    position ``pos = n - first_pos`` among the sequence's keys; the key row at which the sequence starts; how many keys it has.
+    Returns ``(b, first_row, first_pos, first_key, len_k)``: the batch index; ``t = n - first_row`` on the time axis;
+    the position ``pos = n - first_pos`` among the sequence's keys; the key row at which the sequence starts; how many
+    keys it has.
     """
     if PACKED:
         seq = tl.load(seq_ids_ptr + n)
@@ -73,7 +74,8 @@ def dot(a, b):
 def accumulate(total, lost, value, COMPENSATED: tl.constexpr):
     """``total + value``, and what rounding lost of it, which the next call returns to the sum (Kahan).
 
-    Long lists make float32 sums of thousands of terms; with 16-bit inputs their rounding does not show, and nothing is kept.
+    Long lists make float32 sums of thousands of terms; with 16-bit inputs their rounding does not show, and nothing
+    is kept.
     """
     if COMPENSATED:
         value -= lost
