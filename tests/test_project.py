@@ -101,6 +101,26 @@ def test_versions_agree() -> None:
     assert f"## [{version.group(1)}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+_WITHOUT_TRITON = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
+sys.modules["triton"] = None
+import torch, fsa_compile
+q, k = torch.randn(1, 90, 4, 16, requires_grad=True), torch.randn(1, 90, 2, 16)
+fsa_compile.nsa_attention(q, k, k).sum().backward()
+assert q.grad.isfinite().all() and q.grad.abs().sum() > 0
+print(fsa_compile.explain(fsa_compile.nsa_attention, q, k, k))
+"""
+
+
+def test_a_cpu_needs_no_triton() -> None:
+    """Triton has no wheels for macOS, whose users develop on their laptops all the same."""
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fsa::nsa_attention" in done.stdout
+
+
 def test_wheel_holds_the_whole_package(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],

@@ -23,9 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from .. import cost, debug
-from ..ops import cuda
 from ..ops.problem import device_of, problem_of
-from . import lower
 
 __all__ = ["Site", "collect_sites", "expand_graph", "semantic_operators"]
 
@@ -92,11 +90,12 @@ def expand_graph(graph: fx.Graph) -> None:
             sites.append(site)
 
 
-def _sequences() -> dict[Any, Callable[..., Any]]:
+def _sequences() -> dict[Any, str]:
+    """Each semantic operator and the function of ``ops.cuda`` that runs it in a given loop order."""
     fsa = torch.ops.fsa
     return {
-        fsa.selected_attention.default: cuda.forward,
-        fsa.selected_attention_backward.default: cuda.backward,
+        fsa.selected_attention.default: "forward",
+        fsa.selected_attention_backward.default: "backward",
     }
 
 
@@ -156,11 +155,14 @@ class _Expansion:
         if any(user.target is not operator.getitem for user in node.users):
             return _site(node, False, reason="its results are used as one tuple")
         choice = self._choose(bound)
+        from ..ops import cuda  # only now: they need Triton, which a CPU does not
+        from . import lower
+
         lower.register()
         arguments = {name: x for name, x in bound.items() if name not in _UNUSED}
         if arguments["scale"] is None:
             arguments["scale"] = int(q.shape[3]) ** -0.5
-        traced = _trace(functools.partial(_sequences()[node.target], choice.order), arguments, q.fake_mode)
+        traced = _trace(functools.partial(getattr(cuda, _sequences()[node.target]), choice.order), arguments, q.fake_mode)
         self._inline(node, arguments, traced)
         return _site(node, True, choice)
 

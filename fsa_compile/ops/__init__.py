@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from . import autograd as autograd
 from . import composite as composite
 from . import cpu as cpu
-from . import cuda as cuda
 from . import dense as dense
 from . import fakes as fakes
-from . import loop_order as loop_order
 from . import schema as schema
+
+if importlib.util.find_spec("triton") is not None:  # where there is no Triton (macOS), the CPU still works
+    from . import cuda as cuda
+    from . import loop_order as loop_order
