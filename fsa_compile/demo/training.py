@@ -53,7 +53,7 @@ def loss_of(forward: Forward, tokens: Tensor, targets: Tensor) -> tuple[Tensor, 
     with autocast(tokens.device):
         logits = forward(tokens)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.view(-1, VOCAB_SIZE), targets.view(-1)), logits
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits
 
 
 def train(model: ByteLM, forward: Forward, batches: Batches, steps: int, learning_rate: float) -> Iterator[float]:
