@@ -56,13 +56,12 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | Any, blo
 
 @functools.cache
 def _device(type: str, index: int | None) -> cost.Device:
-    try:
-        name = torch.cuda.get_device_name(index) if type == "cuda" else ""
-    except (AssertionError, RuntimeError):  # fake tensors of a GPU that is not here
-        name = ""
-    return cost.device_for(name, type)
+    return cost.device_for(torch.cuda.get_device_name(index) if type == "cuda" else "", type)
 
 
 def device_of(tensor: Tensor) -> cost.Device:
     """The device's row of the cost model; the generic GPU's where its name cannot be asked for."""
-    return _device(tensor.device.type, tensor.device.index)
+    try:
+        return _device(tensor.device.type, tensor.device.index)
+    except (AssertionError, RuntimeError):  # fake tensors of a GPU that is not here; not to be remembered
+        return cost.device_for("", tensor.device.type)
