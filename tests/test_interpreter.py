@@ -12,8 +12,8 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("order", ["fsa", "nsa"])
-def test_kernels_in_the_interpreter(order: str) -> None:
+@pytest.mark.parametrize("part", ["fsa", "nsa", "opcheck"])
+def test_kernels_in_the_interpreter(part: str) -> None:
     command = [
         sys.executable,
         "-m",
@@ -26,7 +26,7 @@ def test_kernels_in_the_interpreter(order: str) -> None:
         "-m",
         "interpreter",
         "-k",
-        order,
+        part,
     ]
     done = subprocess.run(
         [*command, str(TESTS / "test_kernels.py")],

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from specs import Inputs, Spec, make_inputs
 from strategies import specs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsa_compile.ops import cuda, loop_order
 from fsa_compile.templates.config import ENTRIES_PER_TILE
@@ -184,6 +185,30 @@ def test_deterministic(order: str) -> None:
     upstream = upstream_of(call)
     first, second = (run(in_order(order), call, upstream) for _ in range(2))
     assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@kernels
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_opcheck_of_the_internal_operators(packed: bool) -> None:
+    """Schema and fake kernel of every operator that fixes a loop order; some results are not written throughout."""
+    x = make_inputs(Spec(seq_len=20, num_kv_heads=1, lengths=(5, 15) if packed else None), DEVICE)
+    fsa, checked = torch.ops.fsa, set()
+
+    class Check(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op.namespace == "fsa":
+                torch.library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+                checked.add(op._schema.name)
+            return op(*args, **(kwargs or {}))
+
+    for order in ORDERS:
+        with Check(), torch.no_grad():
+            out, lse = cuda.forward(order, x.q, x.k, x.v, x.block_indices, x.cu_seqlens_q, None, 16, 0.25)
+            cuda.backward(order, out, lse, x.q, x.k, x.v, x.block_indices, out, lse, x.cu_seqlens_q, None, 16, 0.25)
+    internal = {f"fsa::{name}" for name in dir(fsa) if name.startswith("_") and not name.startswith("__")}
+    internal &= {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fsa::_")}
+    assert len(internal) >= 10
+    assert checked == (internal if packed else internal - {"fsa::_packed_tables"})
 
 
 @given(spec=specs())
