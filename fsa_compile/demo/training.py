@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fsa_compile.demo.model import VOCAB_SIZE, ByteLM
+from fsa_compile.demo.model import ByteLM
 
 
 def corpus() -> tuple[Tensor, int]:

@@ -162,7 +162,8 @@ class _Expansion:
         arguments = {name: x for name, x in bound.items() if name not in _UNUSED}
         if arguments["scale"] is None:
             arguments["scale"] = int(q.shape[3]) ** -0.5
-        traced = _trace(functools.partial(getattr(cuda, _sequences()[node.target]), choice.order), arguments, q.fake_mode)
+        sequence = getattr(cuda, _sequences()[node.target])
+        traced = _trace(functools.partial(sequence, choice.order), arguments, q.fake_mode)
         self._inline(node, arguments, traced)
         return _site(node, True, choice)
 
