@@ -266,8 +266,6 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[T
     version = triton.__version__
     if version.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("triton 3.6's interpreter cannot loop up to a tensor with numpy 2.4 and later")
-    if version.startswith("3.9."):
-        pytest.skip("triton 3.9's interpreter refuses a mask made of a scalar and a tile")
     directory = tmp_path_factory.mktemp("emitted")
     wanted, files = {}, []
     for name, (make, order, spec, dynamic) in _PROGRAMS.items():

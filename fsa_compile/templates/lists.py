@@ -84,7 +84,7 @@ def list_rows(
 def chunk_keys(block, chunk, len_k, used, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Positions of a chunk's keys and which of them exist."""  # [BLOCK_N]
     keys = block * BLOCK_SIZE + chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-    return keys, (keys < len_k) & used
+    return keys, keys < tl.where(used, len_k, 0)
 
 
 @triton.jit
