@@ -207,7 +207,8 @@ def test_large_logits(device: str, spec: Spec, name: str, dtype: torch.dtype) ->
     call = call_of(name, make_inputs(spec, device, dtype))
     upstream = upstream_of(call.to(torch.float32))
     have, have_grads = run(call.op(), call, upstream)
-    want, _ = run(call.reference(), call.to(torch.float64), upstream)
+    want, want_grads = run(call.reference(), call.to(torch.float64), upstream)
+    _, eager_grads = run(call.reference(), call, upstream)
     assert want[1][want[1].isfinite()].abs().max() > 1e4
     # A float32 logit of 4e4 has an error of some 1e-3, and a probability that error relative to itself.
     assert relative_error(have[0], want[0]) < 2e-2
@@ -215,6 +216,13 @@ def test_large_logits(device: str, spec: Spec, name: str, dtype: torch.dtype) ->
     torch.testing.assert_close(have[1].double()[finite], want[1][finite], rtol=1e-5, atol=1e-2)
     assert torch.equal(finite, have[1].isfinite())
     assert all(grad.isfinite().all() for grad in have_grads)
+    # The backward knows the softmax through `lse` only, and float32 resolves 4e4 to some 5e-3. Where plain PyTorch is
+    # nearer than that (fp32, fp16 with a large scale) this is a known excess over the budget, bounded here.
+    resolution = 4e4 * torch.finfo(torch.float32).eps
+    for h, w, e in zip(have_grads, want_grads, eager_grads, strict=True):
+        yardstick = relative_error(e, w)
+        allowed = resolution + (1.5 * yardstick if yardstick == yardstick else 0)
+        assert relative_error(h, w) <= allowed
 
 
 @pytest.mark.parametrize("name", [*STAGES, "select_blocks"])
