@@ -59,7 +59,7 @@ def compiled(fn: Callable[..., Any], *args: Any, fuse: bool = True) -> Callable[
 
 def forward(order: str) -> Callable[..., Any]:
     """A function of its own for each order, as dynamo compiles functions."""
-    return lambda q, k, v, block_indices: torch.ops.fsa.selected_attention(q, k, v, block_indices, loop_order=order)
+    return lambda *args: torch.ops.fsa.selected_attention_forward(*args, loop_order=order)
 
 
 def backward(order: str) -> Callable[..., Any]:
@@ -102,13 +102,13 @@ def one(options: argparse.Namespace, group: int, locality: str, block_indices: T
     q = torch.randn(1, options.seq_len, options.num_kv_heads * group, options.head_dim, **like)
     k, v = (torch.randn(1, options.seq_len, options.num_kv_heads, options.head_dim, **like) for _ in range(2))
     args = (q, k, v, block_indices)
-    out, lse = torch.ops.fsa.selected_attention(*args)
+    out, shift, log_sum = torch.ops.fsa.selected_attention_forward(*args)
     grad_out = torch.randn_like(out)
     branches = (torch.randn_like(out), torch.randn_like(out), torch.rand(3, *q.shape[:3], **like))
     problem = problem_of(q, k, v, block_indices, 64)
     runs: dict[tuple[str, str, str], Callable[[], Any]] = {}
     for order in ORDERS:
-        back = (grad_out, *args, out, lse)
+        back = (grad_out, *args, out, shift, log_sum)
         runs["forward", order, "eager"] = lambda order=order: forward(order)(*args)
         runs["backward", order, "eager"] = lambda order=order, back=back: backward(order)(*back)
         if options.eager_only:

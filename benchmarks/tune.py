@@ -71,18 +71,20 @@ def calls(group: int, seq_len: int, num_kv_heads: int, head_dim: int, locality: 
     sizes = {"block_size": 64, "scale": head_dim**-0.5}
     lengths = {"block_size": 64, "seq_len_k": seq_len}
     queries = none.queries
-    out, lse = loop_order._selected_fwd_query_outer(q, k, v, block_indices, *queries, **sizes)
+    out, shift, log_sum = loop_order._selected_fwd_query_outer(q, k, v, block_indices, *queries, **sizes)
     partials = loop_order._selected_fwd_kv_outer(q, k, v, block_indices, *lists, *queries, **sizes)
     grad_out = torch.randn_like(out)
     delta = loop_order_backward._attention_delta(grad_out, None, out)
-    args = (grad_out, q, k, v, block_indices, lse, delta)
+    args = (grad_out, q, k, v, block_indices, shift, log_sum, delta)
     tiles = loop_order_backward._selected_bwd_kv_outer(*args, *lists, *queries, **sizes, with_dq=True)
     ops, back = loop_order, loop_order_backward
     return {
         "block_lists": lambda: ops._block_lists(block_indices, *none, seq_len_k=seq_len, block_size=64),
         "selected_fwd_query_outer": lambda: ops._selected_fwd_query_outer(q, k, v, block_indices, *queries, **sizes),
         "selected_fwd_kv_outer": lambda: ops._selected_fwd_kv_outer(q, k, v, block_indices, *lists, *queries, **sizes),
-        "merge_partials": lambda: ops._merge_partials(*partials, block_indices, *queries, **lengths),
+        "merge_partials": lambda: ops._merge_partials(
+            *partials, block_indices, *queries, **lengths, scale=sizes["scale"]
+        ),
         "attention_delta": lambda: back._attention_delta(grad_out, None, out),
         "selected_bwd_query_outer": lambda: back._selected_bwd_query_outer(*args, *queries, **sizes),
         "selected_bwd_kv_outer": lambda: back._selected_bwd_kv_outer(*args, *lists, *queries, **sizes, with_dq=False),

@@ -95,12 +95,17 @@ def upstream_of(call: Call, seed: int = 1) -> list[Tensor]:
     return [torch.randn(o.shape, device=o.device, generator=generator).to(o.dtype) for o in outs]
 
 
+def forward_call(call: Call) -> Call:
+    """The call of the operator that a public attention stage is made of."""
+    return Call(f"{call.name}_forward", call.floating, call.others, call.options)
+
+
 def backward_call(call: Call, upstream: Sequence[Tensor | None]) -> Call:
     """The call of the backward operator that differentiates `call`."""
-    with torch.no_grad():
-        outs = results(call.op()(*call.args, **call.options))
     if call.name == "mean_compress":
         (grad,) = upstream
         assert grad is not None
         return Call(f"{call.name}_backward", (grad,), (), {**call.options, "seq_len": call.floating[0].shape[1]})
+    with torch.no_grad():
+        outs = forward_call(call).op()(*call.args, **call.options)
     return Call(f"{call.name}_backward", (*upstream, *call.args, *outs), (), call.options)  # type: ignore[arg-type]

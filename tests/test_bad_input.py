@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import Call, backward_call, call_of, run, selection_of, upstream_of
+from calls import Call, backward_call, call_of, forward_call, run, selection_of, upstream_of
 from specs import NAMED, Spec, make_inputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -180,9 +180,10 @@ def test_refused_on_fake_tensors(bad: Bad) -> None:
 BACKWARD = (
     ("grad_out", lambda x: x[..., :8], V, r"grad_out has shape .*, but it should be .*head_dim_v=16\]"),
     ("grad_out", lambda x: x.half(), T, r"grad_out is torch.float16"),
-    ("grad_lse", lambda x: x.half(), T, r"grad_lse is torch.float16, but it should be torch.float32"),
+    ("grad_log_sum", lambda x: x.half(), T, r"grad_log_sum is torch.float16, but it should be torch.float32"),
     ("out", lambda x: x[:, :1], V, r"out has shape"),
-    ("lse", lambda x: x[..., None], V, r"lse has 4 dimensions"),
+    ("shift", lambda x: x[..., None], V, r"shift has 4 dimensions"),
+    ("log_sum", lambda x: x.half(), T, r"log_sum is torch.float16, but it should be torch.float32"),
 )
 
 
@@ -199,6 +200,16 @@ def test_backwards_refuse_too(
         invoke(f"{op}_backward", arguments)
 
 
+@pytest.mark.parametrize("op", [SELECTED, COMPRESSED, SLIDING])
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan")])
+def test_forwards_and_backwards_want_a_positive_scale(op: str, scale: float) -> None:
+    """The public operators, which take any, never pass another on."""
+    call = good_call(op, BATCH)
+    for each in (forward_call(call), backward_call(call, upstream_of(call))):
+        with pytest.raises(ValueError, match=rf"fsa::{op}\w*: scale is {scale}, but here it should be positive"):
+            invoke(each.name, {**named_arguments(each), "scale": scale})
+
+
 def test_backward_of_the_mean_refuses_too() -> None:
     call = good_call(MEAN, BATCH)
     arguments = named_arguments(backward_call(call, upstream_of(call)))
@@ -208,7 +219,8 @@ def test_backward_of_the_mean_refuses_too() -> None:
 
 
 def test_every_operator_has_a_bad_input() -> None:
-    assert {bad.op for bad in BAD} == set(schema.SEMANTIC_OPS) - set(schema.BACKWARD_OPS)
+    forwards = {f"{name}_forward" for name in schema.ATTENTION_OPS}
+    assert {bad.op for bad in BAD} == set(schema.SEMANTIC_OPS) - set(schema.BACKWARD_OPS) - forwards
 
 
 @pytest.mark.gpu

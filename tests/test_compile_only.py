@@ -71,10 +71,10 @@ def record(
     sizes: dict[str, Any] = {"block_size": block_size, "scale": 0.1}
     lengths: dict[str, Any] = {"block_size": block_size, "seq_len_k": seq_len}
     lists = loop_order._block_lists(block_indices, *tables, **lengths)
-    out, lse = loop_order._selected_fwd_query_outer(q, k, v, block_indices, *queries, **sizes)
+    out, shift, log_sum = loop_order._selected_fwd_query_outer(q, k, v, block_indices, *queries, **sizes)
     partials = loop_order._selected_fwd_kv_outer(q, k, v, block_indices, *lists, *queries, **sizes)
-    loop_order._merge_partials(*partials, block_indices, *queries, **lengths)
-    args = (out, q, k, v, block_indices, lse, loop_order_backward._attention_delta(out, None, out))
+    loop_order._merge_partials(*partials, block_indices, *queries, **lengths, scale=0.1)
+    args = (out, q, k, v, block_indices, shift, log_sum, loop_order_backward._attention_delta(out, None, out))
     loop_order_backward._selected_bwd_query_outer(*args, *queries, **sizes)
     loop_order_backward._selected_bwd_kv_outer(*args, *lists, *queries, **sizes, with_dq=False)
     dk_tiles, _, dq_partial = loop_order_backward._selected_bwd_kv_outer(*args, *lists, *queries, **sizes, with_dq=True)

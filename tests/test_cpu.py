@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from budget import assert_within_budget
-from calls import Call, backward_call, call_of, run, selection_of, upstream_of
+from calls import Call, backward_call, call_of, forward_call, run, selection_of, upstream_of
 from specs import Spec, make_inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +17,10 @@ from fsa_compile.ops import cpu, cpu_bands, dense, reference
 
 ATTENTION = ("compressed_attention", "selected_attention", "sliding_window_attention")
 fsa = torch.ops.fsa
+IMPLEMENTATIONS = (
+    *(pytest.param(name, fsa, id=name) for name in ATTENTION),
+    *(pytest.param(name, dense, id=f"masked-{name}") for name in ATTENTION if name != "selected_attention"),
+)
 
 # Sizes of which no chunk, tile or block is a divisor, so that every loop ends in a ragged piece.
 SIZES = (
@@ -38,24 +42,28 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_TILES_BYTES", 1)
 
 
-def check(call: Call, forward: Any, backward: Any) -> None:
-    """An implementation's forward and backward against the float64 reference."""
+def check(call: Call, module: Any = fsa) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward and backward in `module` against the float64 reference; returns the forward's results."""
     upstream = upstream_of(call)
     want, want_grads = run(call.reference(), call.to(torch.float64), upstream)
     eager, eager_grads = run(call.reference(), call, upstream)
-    have = forward(*call.args, **call.options)
-    for i, triple in enumerate(zip(have, want, eager, strict=True)):
+    results = getattr(module, f"{call.name}_forward")(*call.args, **call.options)
+    out, shift, log_sum = results
+    scale = call.options["scale"] or call.args[0].shape[-1] ** -0.5
+    assert shift.isfinite().all()
+    for i, triple in enumerate(zip((out, scale * shift + log_sum), want, eager, strict=True)):
         assert_within_budget(*triple, f"{call.name} result {i}", call.args[0].dtype)
-    grads = backward(*upstream, *call.args, *have, **call.options)
+    grads = getattr(module, f"{call.name}_backward")(*upstream, *call.args, *results, **call.options)
     for i, triple in enumerate(zip(grads, want_grads, eager_grads, strict=True)):
         assert_within_budget(*triple, f"{call.name} gradient {i}")
+    return results
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize("spec", SIZES, ids=str)
 def test_chunk_borders(spec: Spec, name: str) -> None:
-    check(call_of(name, make_inputs(spec)), getattr(fsa, name), getattr(fsa, f"{name}_backward"))
+    check(call_of(name, make_inputs(spec)))
 
 
 @pytest.mark.parametrize("small", (False, True))
@@ -65,7 +73,61 @@ def test_masked_chunks(spec: Spec, name: str, small: bool, request: pytest.Fixtu
     """The path of CUDA, which tells packed sequences apart by masks; it runs on any device."""
     if small:
         request.getfixturevalue("small_chunks")
-    check(call_of(name, make_inputs(spec)), getattr(dense, name), getattr(dense, f"{name}_backward"))
+    check(call_of(name, make_inputs(spec)), dense)
+
+
+# Powers of two, by which plain PyTorch scales without rounding: which of two near ties wins is then no matter of luck.
+LARGE = (
+    Spec(name="many_rows", scale=2048.0, seq_len=600),
+    Spec(name="wide_heads", scale=2048.0, seq_len=40, head_dim=64, head_dim_v=64),
+    Spec(name="large_queries", logits=1e4, seq_len=600),
+    Spec(name="packed_large", scale=2048.0, lengths=(40, 0, 161)),
+    Spec(name="more_keys_large", scale=2048.0, seq_len=75, extra_keys=122),
+)
+
+
+# float16's own range leaves plain PyTorch nothing to compare with where the queries are large.
+@pytest.mark.parametrize(
+    "spec,dtype",
+    [
+        (s, d)
+        for s in LARGE
+        for d in (torch.float32, torch.float16, torch.bfloat16)
+        if (s.logits, d) != (1e4, torch.float16)
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name,module", IMPLEMENTATIONS)
+def test_large_logits(spec: Spec, name: str, module: Any, dtype: torch.dtype) -> None:
+    """Logits of 1e4 and more, both signs: float32 resolves them to 5e-4, which the gradients must not be off by."""
+    _, shift, log_sum = check(call_of(name, make_inputs(spec, dtype=dtype)), module)
+    assert shift.any()
+    assert log_sum[log_sum.isfinite()].abs().max() < 8  # nothing of the logits' size is left to it
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("dtype,logits", ((torch.float32, 5.0), (torch.float16, 64.0), (torch.bfloat16, 64.0)), ids=str)
+def test_moderate_logits(name: str, dtype: torch.dtype, logits: float) -> None:
+    """In one pass, in float32. Scaling by 128**-0.5 rounds: forward and backward have to do it alike."""
+    spec = Spec(logits=logits, seq_len=60, head_dim=128, head_dim_v=128)
+    _, shift, _ = check(call_of(name, make_inputs(spec, dtype=dtype)))
+    assert not shift.any()
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("spec", (Spec(name="alone", seq_len=150), SIZES[2], SIZES[3]), ids=str)
+def test_large_and_small_logits(spec: Spec, name: str) -> None:
+    """Rows of both, and rows that see no key."""
+    x = make_inputs(spec)
+    x.q[:, 1::3] *= 1e-2
+    x.q[:, 2::3] *= 4096.0
+    x.block_indices[:, 30:33] = -1
+    out, shift, log_sum = check(call_of(name, x))
+    nothing = log_sum == -torch.inf
+    assert nothing.any() == (name == "selected_attention" or (name == "compressed_attention" and not spec.extra_keys))
+    assert not out[nothing].any()
+    assert not shift[nothing].any()
+    assert shift[:, 2::3][~nothing[:, 2::3]].all()
 
 
 @pytest.mark.parametrize("small", (False, True))
@@ -109,8 +171,10 @@ def test_packed_sequences_are_computed_as_if_alone() -> None:
     x = make_inputs(spec)
     for name in ATTENTION:
         call = call_of(name, x)
-        outs = call.op()(*call.args, **call.options)
-        grads = backward_call(call, outs).op()(*outs, *call.args, *outs, **call.options)
+        forward, backward = getattr(fsa, f"{name}_forward"), getattr(fsa, f"{name}_backward")
+        results = forward(*call.args, **call.options)
+        upstream = results[0], results[2]
+        grads = backward(*upstream, *call.args, *results, **call.options)
         start = 0
         for length in spec.lengths or ():
             rows = slice(start, start + length)
@@ -122,10 +186,10 @@ def test_packed_sequences_are_computed_as_if_alone() -> None:
             args = (call.args[0][:, rows], *(y[:, cols] for y in call.args[1:3]), *(y[:, rows] for y in call.args[3:]))
             drop = ("cu_seqlens_q", "max_seqlen_q", "seq_len_k")
             options = {key: value for key, value in call.options.items() if key not in drop}
-            alone = call.op()(*args, **options)
-            for a, b in zip(alone, outs, strict=True):
+            alone = forward(*args, **options)
+            for a, b in zip(alone, results, strict=True):
                 torch.testing.assert_close(a, b[:, rows])
-            grads_alone = backward_call(call, outs).op()(*alone, *args, *alone, **options)
+            grads_alone = backward(alone[0], alone[2], *args, *alone, **options)
             for a, b, part in zip(grads_alone, grads, (rows, cols, cols), strict=True):
                 torch.testing.assert_close(a, b[:, part])
 
@@ -166,14 +230,15 @@ def test_ids_that_are_no_past_block_add_nothing() -> None:
         assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
-@pytest.mark.parametrize("name,module", [*((name, fsa) for name in ATTENTION), ("compressed_attention", dense)])
+@pytest.mark.parametrize("name,module", IMPLEMENTATIONS)
 def test_a_row_without_keys_has_no_gradient(name: str, module: Any) -> None:
-    """Not even when an infinite gradient of its lse comes back, as that of `lse ** 2` would be."""
+    """Not even when an infinite gradient of its log_sum comes back, as that of `log_sum ** 2` would be."""
     call = call_of(name, make_inputs(Spec(seq_len=50, kernel_size=32)))
-    out, lse = call.op()(*call.args, **call.options)
-    grads = getattr(module, f"{name}_backward")(torch.ones_like(out), 2 * lse, *call.args, out, lse, **call.options)
+    results = getattr(module, f"{name}_forward")(*call.args, **call.options)
+    out, _, log_sum = results
+    grads = getattr(module, f"{name}_backward")(torch.ones_like(out), 2 * log_sum, *call.args, *results, **call.options)
     assert all(grad.isfinite().all() for grad in grads)
-    assert (grads[0][lse == -torch.inf] == 0).all()
+    assert (grads[0][log_sum == -torch.inf] == 0).all()
 
 
 class _Largest(TorchDispatchMode):
@@ -199,7 +264,8 @@ def test_memory_is_linear_in_the_length(masked: bool) -> None:
         calls = [selection_of(x)]
         for name in ATTENTION:
             call = call_of(name, x)
-            calls += [call, backward_call(call, [torch.ones_like(y) for y in call.op()(*call.args, **call.options)])]
+            upstream = [torch.ones_like(y) for y in call.op()(*call.args, **call.options)]
+            calls += [forward_call(call), backward_call(call, upstream)]
         with _Largest() as mode:
             for call in calls:
                 fn = getattr(dense, call.name, None) if masked else None

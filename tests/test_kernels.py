@@ -7,16 +7,19 @@ On a GPU (`-m gpu`) as they are; without one in Triton's interpreter, where `tes
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import triton
-from budget import assert_within_budget, relative_error
+from budget import Budget, draws, relative_error
 from calls import Call, call_of, run, upstream_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from specs import Inputs, Spec, make_inputs
+from specs import Spec, make_inputs
 from strategies import specs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +36,27 @@ EXAMPLES = settings(max_examples=3 if INTERPRETED else 40)
 kernels = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_order_of_summation() -> Iterator[None]:
+    """The interpreter's matrix product is a BLAS's, which rounds `q @ k.T` and `k @ q.T` differently.
+
+    A GPU does not, and the backward counts on it: at logits of 1e4 the last bit of a score is a thousandth of its
+    probability. Sums in float64, rounded once, do not depend on an order.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        product = a.data.astype(numpy.float64) @ b.data.astype(numpy.float64)
+        return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield
+
+
 class Selected(torch.autograd.Function):
     """The sequences of `ops.cuda` in one loop order, as the operators run them."""
 
@@ -43,10 +67,10 @@ class Selected(torch.autograd.Function):
         scale = options["scale"] or q.shape[3] ** -0.5
         ctx.order, ctx.packing = order, (options.get("cu_seqlens_q"), options.get("cu_seqlens_k"))
         ctx.sizes = (options["block_size"], scale)
-        results = cuda.forward(order, q, k, v, block_indices, *ctx.packing, *ctx.sizes)
-        ctx.save_for_backward(q, k, v, block_indices, *results)
+        out, shift, log_sum = cuda.forward(order, q, k, v, block_indices, *ctx.packing, *ctx.sizes)
+        ctx.save_for_backward(q, k, v, block_indices, out, shift, log_sum)
         ctx.set_materialize_grads(False)
-        return results
+        return out, log_sum + scale * shift
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
@@ -58,24 +82,23 @@ def in_order(order: str) -> Any:
     return lambda q, k, v, block_indices, **options: Selected.apply(order, q, k, v, block_indices, options)
 
 
-def check(order: str, inputs: Inputs, dtype: torch.dtype, forgiven: float = 0.0) -> None:
-    """Results and gradients within SPEC's budget; `forgiven` is a relative error allowed to the gradients besides."""
-    call = call_of("selected_attention", inputs)
-    upstream = upstream_of(call)
-    have, have_grads = run(in_order(order), call, upstream)
-    want, want_grads = run(call.reference(), call.to(torch.float64), upstream)
-    eager, eager_grads = run(call.reference(), call, upstream)
-    for name, h, w, e in zip(("out", "lse"), have, want, eager, strict=True):
-        assert h.is_contiguous()
-        assert_within_budget(h, w, e, f"{order} {name} of {inputs.spec}, {dtype}", dtype)
-    for name, h, w, e in zip(("dq", "dk", "dv"), have_grads, want_grads, eager_grads, strict=True):
-        assert h.dtype == dtype
-        if forgiven:
-            assert not h.isnan().any()
-            assert relative_error(h, w) <= forgiven + 1.5 * relative_error(e, w), f"{order} {name}"
-        else:
-            cancels = h.numel() < 512 or inputs.spec.seq_len_k <= 4
-            assert_within_budget(h, w, e, f"{order} {name} of {inputs.spec}, {dtype}", dtype, cancels)
+def check(order: str, spec: Spec, dtype: torch.dtype, seed: int = 0) -> None:
+    """Results and gradients within SPEC's error budget, over draws enough to tell."""
+    budgets = [Budget(f"{order} {name} of {spec}, {dtype}", dtype) for name in ("out", "lse", "dq", "dk", "dv")]
+    inputs = make_inputs(spec, DEVICE, dtype, seed=seed)
+    for draw in range(draws(inputs.q, inputs.k, inputs.v, most=1 if INTERPRETED else 16)):
+        call = call_of("selected_attention", make_inputs(spec, DEVICE, dtype, seed=seed + 100 * draw))
+        upstream = upstream_of(call)
+        have, have_grads = run(in_order(order), call, upstream)
+        want, want_grads = run(call.reference(), call.to(torch.float64), upstream)
+        eager, eager_grads = run(call.reference(), call, upstream)
+        assert all(h.is_contiguous() for h in have)
+        assert all(h.dtype == dtype for h in have_grads)
+        triples = zip([*have, *have_grads], [*want, *want_grads], [*eager, *eager_grads], strict=True)
+        for budget, triple in zip(budgets, triples, strict=True):
+            budget.add(*triple)
+    for budget in budgets:
+        budget.check()
 
 
 @kernels
@@ -91,7 +114,7 @@ def check(order: str, inputs: Inputs, dtype: torch.dtype, forgiven: float = 0.0)
 )
 @example(spec=Spec(lengths=(0, 17, 1, 30), extra_keys=9, strides="sliced"), dtype=torch.float32, seed=1)
 def test_against_reference(order: str, spec: Spec, dtype: torch.dtype, seed: int) -> None:
-    check(order, make_inputs(spec, DEVICE, dtype, seed=seed), dtype)
+    check(order, spec, dtype, seed)
 
 
 @pytest.mark.gpu
@@ -111,16 +134,17 @@ def test_against_reference(order: str, spec: Spec, dtype: torch.dtype, seed: int
     ids=str,
 )
 def test_real_sizes(order: str, dtype: torch.dtype, spec: Spec) -> None:
-    check(order, make_inputs(spec, DEVICE, dtype), dtype)
+    check(order, spec, dtype)
 
 
 @kernels
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_huge_logits(order: str, dtype: torch.dtype) -> None:
-    """Logits of 1e4. The gradients know the softmax through `lse` only, which float32 resolves to 1e4 * eps."""
-    spec = Spec(seq_len=40, num_kv_heads=1, logits=1e4 if dtype != torch.float16 else 3e3)
-    check(order, make_inputs(spec, DEVICE, dtype), dtype, forgiven=4e4 * torch.finfo(torch.float32).eps)
+    """At logits of 1e4 float32 resolves a log-sum-exp to 1e-3, which neither results nor gradients may show."""
+    plain = Spec(seq_len=40, num_kv_heads=1)
+    check(order, replace(plain, logits=1e4 if dtype != torch.float16 else 3e3), dtype)
+    check(order, replace(plain, scale=2500.0), dtype)
 
 
 @kernels
@@ -203,8 +227,9 @@ def test_opcheck_of_the_internal_operators(packed: bool) -> None:
 
     for order in ORDERS:
         with Check(), torch.no_grad():
-            out, lse = cuda.forward(order, x.q, x.k, x.v, x.block_indices, x.cu_seqlens_q, None, 16, 0.25)
-            cuda.backward(order, out, lse, x.q, x.k, x.v, x.block_indices, out, lse, x.cu_seqlens_q, None, 16, 0.25)
+            results = cuda.forward(order, x.q, x.k, x.v, x.block_indices, x.cu_seqlens_q, None, 16, 0.25)
+            grads = (results[0], results[2])
+            cuda.backward(order, *grads, x.q, x.k, x.v, x.block_indices, *results, x.cu_seqlens_q, None, 16, 0.25)
     internal = {f"fsa::{name}" for name in dir(fsa) if name.startswith("_") and not name.startswith("__")}
     internal &= {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fsa::_")}
     assert len(internal) >= 10
@@ -254,7 +279,7 @@ def test_more_than_2_31_elements(order: str) -> None:
     block_indices = torch.stack([current * 0, current], -1)[None, :, None].int()
     block_indices[..., 1].masked_fill_(block_indices[..., 1] == 0, -1)
     assert q.numel() > 2**31
-    out, lse = cuda.forward(order, q, k, v, block_indices, None, None, 64, dim**-0.5)
+    out, shift, log_sum = cuda.forward(order, q, k, v, block_indices, None, None, 64, dim**-0.5)
     first, last = 64 * (seq_len // 64) - 64, seq_len
     keys = torch.cat([torch.arange(64, device="cuda"), torch.arange(first, last, device="cuda")])
     visible = keys <= torch.arange(first, last, device="cuda")[:, None]
@@ -263,11 +288,12 @@ def test_more_than_2_31_elements(order: str) -> None:
     p = scores.masked_fill(~(visible & own), -torch.inf)
     want = torch.einsum("htk,kd->thd", p.softmax(-1), v[0, keys, 0].double())
     assert relative_error(out[0, first:], want) < 4e-3
-    assert relative_error(lse[0, first:], p.logsumexp(-1).T) < 1e-4
+    assert relative_error((log_sum + shift * dim**-0.5)[0, first:], p.logsumexp(-1).T) < 1e-4
     del scores, p, want
     grad_out = torch.zeros_like(out)
     grad_out[:, -1] = 1
-    dq, _, dv = cuda.backward(order, grad_out, None, q, k, v, block_indices, out, lse, None, None, 64, dim**-0.5)
+    results = (out, shift, log_sum)
+    dq, _, dv = cuda.backward(order, grad_out, None, q, k, v, block_indices, *results, None, None, 64, dim**-0.5)
     assert (dq[:, :-1] == 0).all()
     assert dq[:, -1].abs().sum() > 0
     assert abs(float(dv.float().sum()) / (heads * dim) - 1) < 1e-2
@@ -284,8 +310,8 @@ def test_cuda_graph(order: str) -> None:
     fsa = torch.ops.fsa
 
     def step() -> tuple[Tensor, ...]:
-        out, lse = fsa.selected_attention(*static, **options)
-        return out, lse, *fsa.selected_attention_backward(out, None, *static, out, lse, **options)
+        results = fsa.selected_attention_forward(*static, **options)
+        return *results, *fsa.selected_attention_backward(results[0], None, *static, *results, **options)
 
     step()
     torch.cuda.synchronize()

@@ -65,9 +65,10 @@ def gated(order: str, **options: Any) -> Callable[..., Any]:
 
     def fn(q, k, v, block_indices, o_cmp, o_swa, g_cmp, g_slc, g_swa, *cu_seqlens):
         packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=False))
-        out, lse = fsa.selected_attention(q, k, v, block_indices, loop_order=order, **packed, **options)
+        args = (q, k, v, block_indices)
+        out, shift, log_sum = fsa.selected_attention_forward(*args, loop_order=order, **packed, **options)
         sum_ = g_cmp.sigmoid().unsqueeze(-1) * o_cmp + g_slc.sigmoid().unsqueeze(-1) * out
-        return (sum_ + g_swa.sigmoid().unsqueeze(-1) * o_swa).to(q.dtype), lse
+        return (sum_ + g_swa.sigmoid().unsqueeze(-1) * o_swa).to(q.dtype), shift, log_sum
 
     return fn
 
@@ -75,11 +76,12 @@ def gated(order: str, **options: Any) -> Callable[..., Any]:
 def backward(order: str, **options: Any) -> Callable[..., Any]:
     """The backward with a gate before it."""
 
-    def fn(q, k, v, block_indices, out, lse, grad, grad_lse, gate, *cu_seqlens):
+    def fn(q, k, v, block_indices, out, shift, log_sum, grad, grad_log_sum, gate, *cu_seqlens):
         packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=False))
         grad = grad * gate.unsqueeze(-1)
+        results = (out, shift, log_sum)
         return fsa.selected_attention_backward(
-            grad, grad_lse, q, k, v, block_indices, out, lse, loop_order=order, **packed, **options
+            grad, grad_log_sum, q, k, v, block_indices, *results, loop_order=order, **packed, **options
         )
 
     return fn
@@ -102,9 +104,10 @@ def fakes(
 
 def backward_order(tensors: list[Tensor]) -> list[Tensor]:
     """The same tensors as ``backward``'s function takes them."""
-    q, k, v, block_indices, out, grad, gate, lse, grad_lse, *cu_seqlens = tensors
-    with lse.fake_mode:  # type: ignore[attr-defined]
-        return [q, k, v, block_indices, out, lse.float(), grad, grad_lse.float(), gate, *cu_seqlens]
+    q, k, v, block_indices, out, grad, gate, rows, grad_rows, *cu_seqlens = tensors
+    with rows.fake_mode:  # type: ignore[attr-defined]
+        shift, log_sum, grad_log_sum = rows.float(), rows.float() * 2, grad_rows.float()
+    return [q, k, v, block_indices, out, shift, log_sum, grad, grad_log_sum, gate, *cu_seqlens]
 
 
 # ---- the emitted code ----
@@ -195,7 +198,7 @@ def test_views_of_one_projection_are_read_where_they_lie() -> None:
     def fn(qkv, block_indices):
         qkv = qkv * 2  # a buffer of Inductor's own
         q, k, v = qkv.split((8, 2, 2), dim=2)
-        return fsa.selected_attention(q, k, v, block_indices, loop_order="nsa")
+        return fsa.selected_attention_forward(q, k, v, block_indices, loop_order="nsa")
 
     harness = Harness()
     qkv, block_indices = harness.tensor(2, 512, 12, 64), harness.tensor(2, 512, 2, 16, dtype=torch.int32)
@@ -208,7 +211,8 @@ def test_views_of_one_projection_are_read_where_they_lie() -> None:
 
 def test_an_innermost_stride_other_than_one_is_copied() -> None:
     def fn(q, k, v, block_indices):
-        return fsa.selected_attention(torch.ops.aten.slice(q, 3, 0, None, 2), k, v, block_indices, loop_order="nsa")
+        q = torch.ops.aten.slice(q, 3, 0, None, 2)
+        return fsa.selected_attention_forward(q, k, v, block_indices, loop_order="nsa")
 
     harness = Harness()
     _, k, v, block_indices = fakes(harness)[:4]
@@ -295,8 +299,9 @@ def _arguments(make: Callable[..., Any], spec: Spec) -> list[Tensor]:
         args += [torch.randn(shape), torch.randn(shape), *x.gates]
     else:
         packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=False))
-        out, lse = fsa.selected_attention(*args, block_size=spec.block_size, scale=spec.scale, **packed)
-        args += [out, lse, torch.randn(shape), torch.randn(shape[:3]), x.g_slc]
+        options = {"block_size": spec.block_size, "scale": spec.scale}
+        args += fsa.selected_attention_forward(*args, **options, **packed)
+        args += [torch.randn(shape), torch.randn(shape[:3]), x.g_slc]
     return [a.detach().contiguous() for a in (*args, *cu_seqlens)]
 
 
@@ -304,7 +309,11 @@ def _arguments(make: Callable[..., Any], spec: Spec) -> list[Tensor]:
 def test_emitted_program_computes_what_it_should(
     name: str, programs: dict[str, tuple[list[Tensor], list[Tensor]]]
 ) -> None:
+    make, _, spec, _ = _PROGRAMS[name]
     got, want = programs[name]
+    if make is gated:  # any shift will do, and a CPU's is another one
+        scale = spec.scale or spec.head_dim**-0.5
+        got, want = ([out, scale * shift + log_sum] for out, shift, log_sum in (got, want))
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
@@ -318,7 +327,7 @@ def test_disabled_the_operator_stays() -> None:
     harness = Harness()
     with lowering.collect_sites() as sites:
         code = harness.emit(gated("nsa"), *fakes(harness))
-    assert called_operators(code) == {"selected_attention"}
+    assert called_operators(code) == {"selected_attention_forward"}
     assert not templates_of(code)
     assert not sites
 
@@ -331,7 +340,7 @@ def test_validating_the_operator_stays() -> None:
             code = harness.emit(gated("nsa"), *fakes(harness))
     finally:
         fsa_compile.debug.validate(False)
-    assert called_operators(code) == {"selected_attention"}
+    assert called_operators(code) == {"selected_attention_forward"}
     assert not sites[0].matched
     assert "validates" in sites[0].reason
 
@@ -339,8 +348,8 @@ def test_validating_the_operator_stays() -> None:
 def test_forward_and_backward_share_lists_and_order() -> None:
     def fn(q, k, v, block_indices, grad, cu_seqlens):
         options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-        out, lse = fsa.selected_attention(q, k, v, block_indices, **options)
-        return out, *fsa.selected_attention_backward(grad, None, q, k, v, block_indices, out, lse, **options)
+        results = fsa.selected_attention_forward(q, k, v, block_indices, **options)
+        return results[0], *fsa.selected_attention_backward(grad, None, q, k, v, block_indices, *results, **options)
 
     harness = Harness()
     q, k, v, block_indices, grad, *_, cu_seqlens = fakes(harness, packed=True, group=1, seq_len=32768)
@@ -366,7 +375,7 @@ def test_a_failing_expansion_leaves_the_operator(
     harness = Harness()
     with lowering.collect_sites() as sites:
         code = harness.emit(gated("nsa"), *fakes(harness))
-    assert called_operators(code) == {"selected_attention"}
+    assert called_operators(code) == {"selected_attention_forward"}
     assert not sites[0].matched
     assert "broken on purpose" in sites[0].reason
     assert "broken on purpose" in caplog.text
@@ -393,13 +402,13 @@ def test_cpu_nodes_stay() -> None:
         nodes = [graph.placeholder(name) for name in "qkvi"]
         for node, value in zip(nodes, values, strict=True):
             node.meta["val"] = value
-        call = graph.call_function(fsa.selected_attention.default, tuple(nodes))
-        call.meta["val"] = fsa.selected_attention(*values)
+        call = graph.call_function(fsa.selected_attention_forward.default, tuple(nodes))
+        call.meta["val"] = fsa.selected_attention_forward(*values)
     call.meta["stack_trace"] = 'File "/home/user/model.py", line 7, in forward\n    out = attend(x)'
     graph.output(call)
     with lowering.collect_sites() as sites:
         expand.expand_graph(graph)
-    assert [n.target for n in graph.nodes if n.op == "call_function"] == [fsa.selected_attention.default]
+    assert [n.target for n in graph.nodes if n.op == "call_function"] == [fsa.selected_attention_forward.default]
     assert [(s.op, s.matched, s.where) for s in sites] == [("fsa::selected_attention", False, "/home/user/model.py:7")]
     assert sites[0].reason.startswith("runs on cpu")
 
@@ -411,12 +420,12 @@ def test_replacements_keep_the_facts_about_the_call() -> None:
     nodes = [graph.placeholder(name) for name in "qkvi"]
     for node, value in zip(nodes, (q, k, v, block_indices), strict=True):
         node.meta["val"] = value
-    call = graph.call_function(fsa.selected_attention.default, tuple(nodes), {"loop_order": "fsa"})
+    call = graph.call_function(fsa.selected_attention_forward.default, tuple(nodes), {"loop_order": "fsa"})
     with harness.mode:
-        call.meta["val"] = fsa.selected_attention(q, k, v, block_indices)
+        call.meta["val"] = fsa.selected_attention_forward(q, k, v, block_indices)
     policy = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
     call.meta |= {"stack_trace": 'File "m.py", line 3, in f', "partitioner_tag": "is_forward", "recompute": policy}
-    results = [graph.call_function(__import__("operator").getitem, (call, i)) for i in range(2)]
+    results = [graph.call_function(__import__("operator").getitem, (call, i)) for i in range(3)]
     for result, value in zip(results, call.meta["val"], strict=True):
         result.meta["val"] = value
     graph.output(tuple(results))

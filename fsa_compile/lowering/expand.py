@@ -94,7 +94,7 @@ def _sequences() -> dict[Any, str]:
     """Each semantic operator and the function of ``ops.cuda`` that runs it in a given loop order."""
     fsa = torch.ops.fsa
     return {
-        fsa.selected_attention.default: "forward",
+        fsa.selected_attention_forward.default: "forward",
         fsa.selected_attention_backward.default: "backward",
     }
 
@@ -106,7 +106,7 @@ def semantic_operators() -> tuple[torch._ops.OpOverload, ...]:
 
 def _site(node: fx.Node, matched: bool, choice: cost.Choice | None = None, reason: str = "") -> Site:
     return Site(
-        op=str(node.target._schema.name),  # type: ignore[union-attr]
+        op=str(node.target._schema.name).removesuffix("_forward"),  # type: ignore[union-attr]
         matched=matched,
         loop_order=choice.order if choice else None,
         costs=dict(choice.costs) if choice else {},

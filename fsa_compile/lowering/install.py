@@ -163,7 +163,7 @@ def _watch_operators() -> None:
 
 
 def _as_it_is(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
-    warn_if_replaced(op._schema.name)
+    warn_if_replaced(op._schema.name.removesuffix("_forward"))
     return _inductor.fallback(op)(*args, **kwargs)
 
 

@@ -160,17 +160,22 @@ def _given(names: tuple[str, ...], tensors: tuple[Any, ...]) -> dict[str, Any]:
     return {name: x for name, x in zip(names, tensors, strict=True) if x is not None}
 
 
+def _row_statistics(size: list[Any], device: torch.device) -> dict[str, Any]:
+    """Where a forward leaves the softmax statistics of its rows."""
+    return {name: _inductor.empty(size, torch.float32, device) for name in ("shift_ptr", "log_sum_ptr")}
+
+
 # ---- the operators ----
 
 
 def _selected_fwd_query_outer(
     q: Any, k: Any, v: Any, block_indices: Any, *tables: Any, block_size: int, scale: float
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
     sizes = _sizes(q, k, v, block_indices, block_size, tables[0] is not None)
     batch, seq_len = q.get_size()[:2]
     num_q_heads = sizes.num_kv_heads * sizes.group  # as a number: what follows is fused only into equal sizes
-    lse = _inductor.empty([batch, seq_len, num_q_heads], torch.float32, q.get_device())
-    inputs = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "block_indices_ptr": block_indices, "lse_ptr": lse}
+    statistics = _row_statistics([batch, seq_len, num_q_heads], q.get_device())
+    inputs = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "block_indices_ptr": block_indices, **statistics}
     out = _call(
         selected_fwd_query_outer,
         selected_fwd_query_outer.meta(sizes),
@@ -178,11 +183,11 @@ def _selected_fwd_query_outer(
         [batch, seq_len, num_q_heads, sizes.head_dim_v],
         q.get_dtype(),
         (batch * seq_len, sizes.num_kv_heads, 1),
-        ("lse_ptr",),
+        tuple(statistics),
         scale,
         BenchmarkInputs(block_indices, k.get_size()[1], block_size, tables[0], q.get_device()),
     )
-    return out, lse
+    return out, *statistics.values()
 
 
 def _selected_fwd_kv_outer(
@@ -208,33 +213,40 @@ def _selected_fwd_kv_outer(
 
 
 def _merge_partials(
-    partial_out: Any, partial_stats: Any, block_indices: Any, *tables: Any, seq_len_k: Any, block_size: int
-) -> tuple[Any, Any]:
+    partial_out: Any, partial_stats: Any, block_indices: Any, *tables: Any, seq_len_k: Any, block_size: int,
+    scale: float,
+) -> tuple[Any, Any, Any]:  # fmt: skip
     shape = _partial_shape(partial_out, block_size)
     batch, seq_len = block_indices.get_size()[:2]
     num_q_heads = shape.num_kv_heads * shape.group
-    lse = _inductor.empty([batch, seq_len, num_q_heads], torch.float32, partial_out.get_device())
+    device = partial_out.get_device()
+    statistics = _row_statistics([batch, seq_len, num_q_heads], device)
     inputs = {"partial_out_ptr": partial_out, "partial_stats_ptr": partial_stats, "block_indices_ptr": block_indices}
     out = _call(
         merge_partials,
         merge_partials.meta(shape, tables[0] is not None),
-        {**inputs, "lse_ptr": lse, **_given(_QUERY_TABLES, tables)},
+        {**inputs, **statistics, **_given(_QUERY_TABLES, tables)},
         [batch, seq_len, num_q_heads, shape.head_dim],
         partial_out.get_dtype(),
         (batch * seq_len * num_q_heads, seq_len_k),
-        ("lse_ptr",),
-        None,
-        BenchmarkInputs(block_indices, seq_len_k, block_size, tables[0], lse.get_device()),
+        tuple(statistics),
+        scale,
+        BenchmarkInputs(block_indices, seq_len_k, block_size, tables[0], device),
     )
-    return out, lse
+    return out, *statistics.values()
 
 
-def _attention_delta(grad_out: Any, grad_lse: Any, out: Any) -> Any:
-    """Plain pointwise operators and a sum, so that it fuses with the gates' backward, which reads the same tensors."""
+def _attention_delta(grad_out: Any, grad_log_sum: Any, out: Any) -> Any:
+    """Plain pointwise operators and a sum, so that it fuses with the gates' backward, which reads the same tensors.
+
+    Not in float32, where the order of the sum matters (see the kernel).
+    """
+    if out.get_dtype() == torch.float32:
+        return _inductor.fallback(torch.ops.fsa._attention_delta.default)(grad_out, grad_log_sum, out)
     aten = torch.ops.aten
     product = _inductor.call(aten.mul.Tensor, _inductor.to_float(grad_out), _inductor.to_float(out))
     delta = _inductor.call(aten.sum.dim_IntList, product, [-1])
-    return delta if grad_lse is None else _inductor.call(aten.sub.Tensor, delta, grad_lse)
+    return delta if grad_log_sum is None else _inductor.call(aten.sub.Tensor, delta, grad_log_sum)
 
 
 def _selected_bwd_query_outer(
@@ -243,7 +255,8 @@ def _selected_bwd_query_outer(
     k: Any,
     v: Any,
     block_indices: Any,
-    lse: Any,
+    shift: Any,
+    log_sum: Any,
     delta: Any,
     *tables: Any,
     block_size: int,
@@ -251,11 +264,12 @@ def _selected_bwd_query_outer(
 ) -> Any:
     sizes = _sizes(q, k, v, block_indices, block_size, tables[0] is not None)
     inputs = {"grad_out_ptr": grad_out, "q_ptr": q, "k_ptr": k, "v_ptr": v, "block_indices_ptr": block_indices}
+    statistics = {"shift_ptr": shift, "log_sum_ptr": log_sum}
     batch, seq_len = q.get_size()[:2]
     return _call(
         selected_bwd_query_outer,
         selected_bwd_query_outer.meta(sizes),
-        {**inputs, "lse_ptr": lse, "delta_ptr": delta, **_given(_QUERY_TABLES, tables)},
+        {**inputs, **statistics, "delta_ptr": delta, **_given(_QUERY_TABLES, tables)},
         list(q.get_size()),
         q.get_dtype(),
         (batch * seq_len, sizes.num_kv_heads, 1),
@@ -266,8 +280,8 @@ def _selected_bwd_query_outer(
 
 
 def _selected_bwd_kv_outer(
-    grad_out: Any, q: Any, k: Any, v: Any, block_indices: Any, lse: Any, delta: Any, *lists_and_tables: Any,
-    block_size: int, scale: float, with_dq: bool,
+    grad_out: Any, q: Any, k: Any, v: Any, block_indices: Any, shift: Any, log_sum: Any, delta: Any,
+    *lists_and_tables: Any, block_size: int, scale: float, with_dq: bool,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     lists, tables = lists_and_tables[:4], lists_and_tables[4:]
     sizes = _sizes(q, k, v, block_indices, block_size, tables[0] is not None)
@@ -277,7 +291,8 @@ def _selected_bwd_kv_outer(
     partial = [*block_indices.get_size(), sizes.num_chunks, sizes.group, sizes.head_dim] if with_dq else [0]
     dq_partial = _inductor.empty(partial, q.get_dtype(), device)
     inputs = {"grad_out_ptr": grad_out, "q_ptr": q, "k_ptr": k, "v_ptr": v, "block_indices_ptr": block_indices}
-    inputs |= {"lse_ptr": lse, "delta_ptr": delta, **_given(_LISTS, lists), "dv_tiles_ptr": dv_tiles}
+    inputs |= {"shift_ptr": shift, "log_sum_ptr": log_sum, "delta_ptr": delta, **_given(_LISTS, lists)}
+    inputs["dv_tiles_ptr"] = dv_tiles
     mutated: tuple[str, ...] = ("dv_tiles_ptr",)
     if with_dq:
         inputs["dq_partial_ptr"] = dq_partial

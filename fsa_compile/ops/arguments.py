@@ -231,10 +231,17 @@ class Call:
                 f"loop_order is {loop_order!r}, but it should be one of {', '.join(map(repr, LOOP_ORDERS))}"
             )
 
-    def grads(self, grad_out: Tensor | None, grad_lse: Tensor | None) -> None:
-        self.data("grad_out", grad_out, OUT)
-        self.typed("grad_lse", grad_lse, ROWS, torch.float32)
+    def scale(self, scale: float | None) -> None:
+        if scale is not None and not scale > 0:
+            raise self.fail(
+                f"scale is {scale}, but here it should be positive (the public operator puts the sign into q)"
+            )
 
-    def results(self, out: Tensor, lse: Tensor) -> None:
+    def grads(self, grad_out: Tensor | None, grad_log_sum: Tensor | None) -> None:
+        self.data("grad_out", grad_out, OUT)
+        self.typed("grad_log_sum", grad_log_sum, ROWS, torch.float32)
+
+    def results(self, out: Tensor, shift: Tensor, log_sum: Tensor) -> None:
         self.data("out", out, OUT)
-        self.typed("lse", lse, ROWS, torch.float32)
+        self.typed("shift", shift, ROWS, torch.float32)
+        self.typed("log_sum", log_sum, ROWS, torch.float32)

@@ -1,7 +1,7 @@
 """Forward and backward of the differentiable operators wired together, and autocast.
 
-A backward is an operator of its own, so that a compiler sees one node for it. `lse` is differentiable like any other
-result. Gradients that nobody asked for stay None instead of becoming zeros.
+A backward is an operator of its own, so that a compiler sees one node for it. Gradients that nobody asked for stay None
+instead of becoming zeros.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from torch import Tensor
 from . import schema
 
 _AUTOGRAD_KEYS = torch._C._after_autograd_keyset
-
-# Results of an attention operator's forward, counted from the end of what its backward takes: grads, inputs, results.
-_NUM_ATTENTION_RESULTS = 2
 
 
 def _wanted(args: tuple[Any, ...]) -> bool:
@@ -35,17 +32,14 @@ def _below(name: str) -> Callable[..., Any]:
     return call
 
 
-def _split(
-    tensors: tuple[Tensor | None, ...], count: int
-) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-    return tensors[:count], tensors[count:]
-
-
 def _differentiable(name: str) -> None:
-    """Register the autograd kernel of an attention operator: results (out, lse), backward (dq, dk, dv)."""
-    forward = _below(name)
+    """Register the autograd kernel of an attention forward: results (out, shift, log_sum), gradients (dq, dk, dv).
+
+    `shift` counts as a constant: whatever it is, `scale * shift + log_sum` is the log-sum-exp, with the gradient that
+    `log_sum` has.
+    """
+    forward = _below(f"{name}_forward")
     backward_op = getattr(torch.ops.fsa, f"{name}_backward").default
-    num_results = _NUM_ATTENTION_RESULTS
 
     class Attention(torch.autograd.Function):
         @staticmethod
@@ -53,20 +47,21 @@ def _differentiable(name: str) -> None:
             results = forward(keyset, *inputs, **options)
             tensors = {key: value for key, value in options.items() if isinstance(value, Tensor)}
             ctx.save_for_backward(*inputs, *results, *tensors.values())
-            ctx.num_inputs, ctx.tensor_options = len(inputs), tuple(tensors)
+            ctx.mark_non_differentiable(results[1])
+            ctx.num_saved, ctx.num_inputs, ctx.tensor_options = len(inputs) + len(results), len(inputs), tuple(tensors)
             ctx.options = {key: value for key, value in options.items() if key not in tensors}
             ctx.set_materialize_grads(False)
             return results
 
         @staticmethod
-        def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-            num_inputs = ctx.num_inputs
-            unused = (None,) * (num_inputs - 3)
-            if grad_out is None and grad_lse is None:
+        def backward(ctx: Any, grad_out: Tensor | None, _: None, grad_log_sum: Tensor | None) -> Any:
+            unused = (None,) * (ctx.num_inputs - 3)
+            if grad_out is None and grad_log_sum is None:
                 return None, None, None, None, None, *unused
-            saved, tensors = _split(ctx.saved_tensors, num_inputs + num_results)
+            saved = ctx.saved_tensors  # may be read once only, under checkpointing
+            saved, tensors = saved[: ctx.num_saved], saved[ctx.num_saved :]
             options = {**ctx.options, **dict(zip(ctx.tensor_options, tensors, strict=True))}
-            return None, None, *backward_op(grad_out, grad_lse, *saved, **options), *unused
+            return None, None, *backward_op(grad_out, grad_log_sum, *saved, **options), *unused
 
     Attention.__name__ = Attention.__qualname__ = f"fsa_{name}"
 
@@ -75,7 +70,7 @@ def _differentiable(name: str) -> None:
             return Attention.apply(keyset, options, *inputs)
         return forward(keyset, *inputs, **options)
 
-    schema.LIB.impl(name, kernel, "Autograd", with_keyset=True)
+    schema.LIB.impl(f"{name}_forward", kernel, "Autograd", with_keyset=True)
 
 
 def _differentiable_mean() -> None:
@@ -166,13 +161,12 @@ def _autocast(name: str, device_type: str, key: str) -> None:
     schema.LIB.impl(name, kernel, key)
 
 
-for _name in schema.DIFFERENTIABLE_OPS:
-    if _name != "mean_compress":
-        _differentiable(_name)
+for _name in schema.ATTENTION_OPS:
+    _differentiable(_name)
 _differentiable_mean()
 _selection()
 for _name in schema.BACKWARD_OPS:
     _not_differentiable(_name, "there is no second derivative of sparse attention, so no create_graph=True through it")
-for _name in ("nsa_attention", "select_blocks", *schema.DIFFERENTIABLE_OPS):
+for _name in ("nsa_attention", "mean_compress", "select_blocks", *schema.ATTENTION_OPS):
     _autocast(_name, "cpu", "AutocastCPU")
     _autocast(_name, "cuda", "AutocastCUDA")

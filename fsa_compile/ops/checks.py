@@ -1,7 +1,8 @@
 """What every `fsa` operator accepts. The eager implementations and the fake kernels run these same checks.
 
 ValueError is for shapes, devices and options, TypeError for dtypes; each names the operator and the argument, says
-what it had and what it should be. Each check has its operator's argument names, kinds and defaults.
+what it had and what it should be. Each check has its operator's argument names, kinds and defaults. The public
+attention operators are made of their `_forward`, which is where their arguments are checked, under the public name.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _selected_call(
     return call
 
 
-def _selected_attention(
+def _selected_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -108,7 +109,7 @@ def _selected_attention(
     max_seqlen_k: Size | None = None,
     loop_order: str = "auto",
 ) -> None:
-    _selected_call(
+    call = _selected_call(
         "selected_attention",
         q,
         k,
@@ -121,17 +122,19 @@ def _selected_attention(
         max_seqlen_k,
         loop_order,
     )
+    call.scale(scale)
 
 
 def _selected_attention_backward(
     grad_out: Tensor | None,
-    grad_lse: Tensor | None,
+    grad_log_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
     out: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     *,
     block_size: int = 64,
     scale: float | None = None,
@@ -154,8 +157,9 @@ def _selected_attention_backward(
         max_seqlen_k,
         loop_order,
     )
-    call.results(out, lse)
-    call.grads(grad_out, grad_lse)
+    call.scale(scale)
+    call.results(out, shift, log_sum)
+    call.grads(grad_out, grad_log_sum)
 
 
 def _compressed_call(
@@ -183,7 +187,7 @@ def _compressed_call(
     return call
 
 
-def _compressed_attention(
+def _compressed_attention_forward(
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
@@ -197,7 +201,7 @@ def _compressed_attention(
     max_seqlen_q: Size | None = None,
     max_seqlen_k: Size | None = None,
 ) -> None:
-    _compressed_call(
+    call = _compressed_call(
         "compressed_attention",
         q,
         k_cmp,
@@ -210,16 +214,18 @@ def _compressed_attention(
         max_seqlen_q,
         max_seqlen_k,
     )
+    call.scale(scale)
 
 
 def _compressed_attention_backward(
     grad_out: Tensor | None,
-    grad_lse: Tensor | None,
+    grad_log_sum: Tensor | None,
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
     out: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     *,
     kernel_size: int = 32,
     kernel_stride: int = 16,
@@ -243,8 +249,9 @@ def _compressed_attention_backward(
         max_seqlen_q,
         max_seqlen_k,
     )
-    call.results(out, lse)
-    call.grads(grad_out, grad_lse)
+    call.scale(scale)
+    call.results(out, shift, log_sum)
+    call.grads(grad_out, grad_log_sum)
 
 
 def _select_blocks(
@@ -305,7 +312,7 @@ def _sliding_call(
     return call
 
 
-def _sliding_window_attention(
+def _sliding_window_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -317,19 +324,21 @@ def _sliding_window_attention(
     max_seqlen_q: Size | None = None,
     max_seqlen_k: Size | None = None,
 ) -> None:
-    _sliding_call(
+    call = _sliding_call(
         "sliding_window_attention", q, k, v, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     )
+    call.scale(scale)
 
 
 def _sliding_window_attention_backward(
     grad_out: Tensor | None,
-    grad_lse: Tensor | None,
+    grad_log_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     *,
     window_size: int,
     scale: float | None = None,
@@ -349,8 +358,9 @@ def _sliding_window_attention_backward(
         max_seqlen_q,
         max_seqlen_k,
     )
-    call.results(out, lse)
-    call.grads(grad_out, grad_lse)
+    call.scale(scale)
+    call.results(out, shift, log_sum)
+    call.grads(grad_out, grad_log_sum)
 
 
 def _mean_compress(
@@ -379,12 +389,12 @@ CHECKS: dict[str, Callable[..., None]] = {
     check.__name__[1:]: check
     for check in (
         _nsa_attention,
-        _selected_attention,
+        _selected_attention_forward,
         _selected_attention_backward,
-        _compressed_attention,
+        _compressed_attention_forward,
         _compressed_attention_backward,
         _select_blocks,
-        _sliding_window_attention,
+        _sliding_window_attention_forward,
         _sliding_window_attention_backward,
         _mean_compress,
         _mean_compress_backward,

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu_bands as cpu_bands  # the other stages: importing this module registers a CPU's operators
-from .cpu_tiles import sequence_slices, tile_backward, tile_forward, widen, widen_gradients
+from .cpu_tiles import attend_precisely, sequence_slices, tile_backward, tile_forward, widen, widen_gradients
 from .schema import impl
 
-__all__ = ["selected_attention", "selected_attention_backward"]
+__all__ = ["selected_attention_backward", "selected_attention_forward"]
 
 _PARTS_BYTES = 256 << 20  # the most that the parts of one chunk of rows may take
 _NUM_CHUNKS = 8  # up to that size: a smaller buffer of parts stays nearer, but a block's list gets shorter
@@ -28,37 +28,41 @@ _TILES_BYTES = 2 << 20  # of the query rows gathered at a time: what stays in ca
 _MAX_TILE_ROWS = 64
 
 
-def selected_attention(
+def selected_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int = 64, scale: float | None = None,
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None, loop_order: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`fsa::selected_attention`: stage 4 of the specification, `(out, lse)`."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`fsa::selected_attention_forward`: stage 4 of the specification, `(out, shift, log_sum)`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
-    for b, rows, cols in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
-        problem = _Problem(*widen(q[b, rows], k[b, cols], v[b, cols]), block_indices[b, rows], block_size, scale)
-        _forward(problem, out[b, rows], lse[b, rows])
-    return out, lse
+
+    def forward(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out, lse = q.new_empty(*q.shape[:3], v.shape[3]), torch.empty(q.shape[:3], dtype=dtype)
+        for b, rows, cols in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
+            wide = widen(q[b, rows], k[b, cols], v[b, cols], scale, dtype)
+            _forward(_Problem(*wide, block_indices[b, rows], block_size), out[b, rows], lse[b, rows])
+        return out, lse
+
+    return attend_precisely(forward, q.dtype, scale)
 
 
 def selected_attention_backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, out:
-    Tensor, lse: Tensor, *, block_size: int = 64, scale: float | None = None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, loop_order:
-    str = "auto",
+    grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, out:
+    Tensor, shift: Tensor, log_sum: Tensor, *, block_size: int = 64, scale: float | None = None, cu_seqlens_q: Tensor |
+    None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    loop_order: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fsa::selected_attention_backward`: the gradients of q, k and v."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for b, rows, cols in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
-        grad_b, grad_lse_b = (None if x is None else x[b, rows] for x in (grad_out, grad_lse))
+        grad_b, grad_log_sum_b = (None if x is None else x[b, rows] for x in (grad_out, grad_log_sum))
         grad, q_b, k_b, v_b, out_b, lse_b = widen_gradients(
-            grad_b, grad_lse_b, q[b, rows], k[b, cols], v[b, cols], out[b, rows], lse[b, rows]
-        )
-        problem = _Problem(q_b, k_b, v_b, block_indices[b, rows], block_size, scale)
-        dk_b, dv_b = _backward(problem, grad, out_b, lse_b, dq[b, rows])
+            grad_b, grad_log_sum_b, q[b, rows], k[b, cols], v[b, cols], out[b, rows], shift[b, rows], log_sum[b, rows],
+            scale,
+        )  # fmt: skip
+        problem = _Problem(q_b, k_b, v_b, block_indices[b, rows], block_size)
+        dk_b, dv_b = _backward(problem, grad, out_b, lse_b, scale, dq[b, rows])
         dk[b, cols], dv[b, cols] = dk_b[..., : k.shape[3]], dv_b[..., : v.shape[3]]
     return dq, dk, dv
 
@@ -73,17 +77,18 @@ def _sequences(
 
 
 class _Problem:
-    """One sequence in float32: q [T, HQ, W], k and v [Tk, HK, W], block_indices [T, HK, S]."""
+    """One sequence in float32 or float64: q [T, HQ, W], k and v [Tk, HK, W], block_indices [T, HK, S]."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, scale: float) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int) -> None:
         self.seq_len, self.num_q_heads, self.width = q.shape
         self.seq_len_k, self.num_kv_heads, _ = k.shape
         self.group_size = self.num_q_heads // self.num_kv_heads
         self.num_slots = block_indices.shape[2]
-        self.block_size, self.scale = block_size, scale
+        self.block_size = block_size
         self.offset = self.seq_len_k - self.seq_len
         self.num_blocks = -(-self.seq_len_k // block_size)
         self.q, self.block_indices = q, block_indices
+        self.row_bytes = q[0].nbytes
         self.k, self.v = self.blocks(k), self.blocks(v)
         self.current = torch.arange(self.offset, self.seq_len_k) // block_size  # [T]
 
@@ -103,7 +108,7 @@ class _Problem:
         return F.pad(x.reshape(self.seq_len * self.num_kv_heads, -1), (0, 0, 0, 1))
 
     def chunks(self) -> list[tuple[int, int]]:
-        most = _PARTS_BYTES // (4 * self.num_slots * self.num_q_heads * self.width)
+        most = _PARTS_BYTES // (self.num_slots * self.row_bytes)
         size = max(self.block_size, min(most, max(512, -(-self.seq_len // _NUM_CHUNKS))))
         return [(start, min(start + size, self.seq_len)) for start in range(0, self.seq_len, size)]
 
@@ -119,9 +124,9 @@ class _Tiles:
     places: Tensor  # [rows of the chunk, S]: where each slot of a row is, -1 of none
     size: int
 
-    def steps(self, group_width: int) -> list[tuple[slice, slice]]:
+    def steps(self, row_bytes: int) -> list[tuple[slice, slice]]:
         """Tiles, and places in them, to take at a time."""
-        step = max(1, _TILES_BYTES // (4 * self.size * group_width))
+        step = max(1, _TILES_BYTES // (self.size * row_bytes))
         count = self.blocks.shape[0]
         tiles = (slice(start, min(start + step, count)) for start in range(0, count, step))
         return [(part, slice(part.start * self.size, part.stop * self.size)) for part in tiles]
@@ -156,7 +161,7 @@ def _tiles(problem: _Problem, start: int, stop: int) -> _Tiles:
 def _tile_rows(mean_length: float) -> int:
     """Half of a list's last tile is filling, on average: keep that at an eighth of the list."""
     size = _MAX_TILE_ROWS
-    while size > 8 and size > mean_length / 4:
+    while size > 16 and size > mean_length / 4:
         size //= 2
     return size
 
@@ -226,13 +231,12 @@ def _forward(problem: _Problem, out: Tensor, lse: Tensor) -> None:
         tiles = _tiles(problem, start, stop)
         buffer, parts = _parts(problem, tiles, buffer)
         parts_lse = own.new_empty(tiles.rows.shape[0], group_size)
-        for step, places in tiles.steps(group_size * width):
+        for step, places in tiles.steps(problem.row_bytes // problem.num_kv_heads):
             blocks = tiles.blocks[step]
             o, s = tile_forward(
                 q_rows.index_select(0, tiles.rows[places]).view(blocks.shape[0], 1, -1, width),
                 k_blocks.index_select(0, blocks)[:, None],
                 v_blocks.index_select(0, blocks)[:, None],
-                problem.scale,
             )
             parts[places] = o.view(-1, group_size, width)
             parts_lse[places] = s.view(-1, group_size)
@@ -264,13 +268,15 @@ def _forward_diagonal(problem: _Problem) -> tuple[Tensor, Tensor]:
     for head in range(problem.num_kv_heads):
         part = q[:, :, _heads(problem, head)].transpose(1, 2)
         k, v = (x[head, blocks, None].expand(-1, problem.group_size, -1, -1) for x in (problem.k, problem.v))
-        o, s = tile_forward(part, k, v, problem.scale, causal=True)
+        o, s = tile_forward(part, k, v, causal=True)
         out[:, :, _heads(problem, head)] = o.transpose(1, 2)
         lse[:, :, _heads(problem, head)] = s.transpose(1, 2)
     return _undiagonal(problem, out), _undiagonal(problem, lse).masked_fill(~_has_current(problem), -torch.inf)
 
 
-def _backward(problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor, dq: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(
+    problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor, scale: float, dq: Tensor
+) -> tuple[Tensor, Tensor]:
     """Fills dq [T, HQ, D]; returns dk, dv [Tk, HK, W]."""
     group_size, width = problem.group_size, problem.width
     dq_own, dk, dv = _backward_diagonal(problem, grad, out, lse)
@@ -283,7 +289,7 @@ def _backward(problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor, dq: Ten
     for start, stop in problem.chunks():
         tiles = _tiles(problem, start, stop)
         buffer, parts = _parts(problem, tiles, buffer)
-        for step, places in tiles.steps(group_size * width):
+        for step, places in tiles.steps(problem.row_bytes // problem.num_kv_heads):
             blocks, rows = tiles.blocks[step], tiles.rows[places]
             grad_part, q_part, out_part = (
                 x.index_select(0, rows).view(blocks.shape[0], 1, -1, width) for x in (grad_rows, q_rows, out_rows)
@@ -295,14 +301,13 @@ def _backward(problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor, dq: Ten
                 v_blocks.index_select(0, blocks)[:, None],
                 out_part,
                 lse_rows.index_select(0, rows).view(blocks.shape[0], 1, -1),
-                problem.scale,
             )
             parts[places] = dq_part.view(-1, group_size, width)
             dk_blocks.index_add_(0, blocks, dk_part[:, 0])
             dv_blocks.index_add_(0, blocks, dv_part[:, 0])
-        weights = (tiles.places >= 0).float()[:, None].expand(-1, group_size, -1)
+        weights = (tiles.places >= 0).to(parts.dtype)[:, None].expand(-1, group_size, -1)
         total = _sum_slots(problem, tiles, parts.flatten(0, 1), weights).view(stop - start, -1, width)
-        dq[start:stop] = (total + dq_own[start:stop])[..., : dq.shape[2]].to(dq.dtype)
+        dq[start:stop] = (total + dq_own[start:stop])[..., : dq.shape[2]].mul_(scale).to(dq.dtype)
     return problem.unblock(dk), problem.unblock(dv)
 
 
@@ -318,13 +323,11 @@ def _backward_diagonal(problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor
         heads = _heads(problem, head)
         grad_part, q_part, out_part, lse_part = (x[:, :, heads].transpose(1, 2) for x in (grad, q, out, lse))
         k, v = (x[head, blocks, None].expand(-1, problem.group_size, -1, -1) for x in (problem.k, problem.v))
-        dq_part, dk_part, dv_part = tile_backward(
-            grad_part, q_part, k, v, out_part, lse_part, problem.scale, causal=True
-        )
+        dq_part, dk_part, dv_part = tile_backward(grad_part, q_part, k, v, out_part, lse_part, causal=True)
         dq[:, :, heads] = dq_part.transpose(1, 2)
         dk[head, blocks], dv[head, blocks] = dk_part.sum(1), dv_part.sum(1)
     return _undiagonal(problem, dq), dk, dv
 
 
-for _fn in (selected_attention, selected_attention_backward):
+for _fn in (selected_attention_forward, selected_attention_backward):
     impl(_fn.__name__, _fn, "CPU")

@@ -58,8 +58,8 @@ def forward(
     cu_seqlens_k: Tensor | None,
     block_size: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`fsa::selected_attention` in loop order "fsa" or "nsa"."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fsa::selected_attention_forward` in loop order "fsa" or "nsa"."""
     tables = PackedTables.of(q, k, cu_seqlens_q, cu_seqlens_k, block_size)
     if order == "nsa":
         return _ops._selected_fwd_query_outer(
@@ -69,19 +69,21 @@ def forward(
     partials = _ops._selected_fwd_kv_outer(
         q, k, v, block_indices, *lists, *tables.queries, block_size=block_size, scale=scale
     )
-    return _ops._merge_partials(*partials, block_indices, *tables.queries, seq_len_k=k.shape[1], block_size=block_size)
+    lengths = {"seq_len_k": k.shape[1], "block_size": block_size}
+    return _ops._merge_partials(*partials, block_indices, *tables.queries, **lengths, scale=scale)
 
 
 def backward(
     order: str,
     grad_out: Tensor | None,
-    grad_lse: Tensor | None,
+    grad_log_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
     out: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     block_size: int,
@@ -91,8 +93,8 @@ def backward(
     tables = PackedTables.of(q, k, cu_seqlens_q, cu_seqlens_k, block_size)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    delta = _ops._attention_delta(grad_out, grad_lse, out)
-    args = (grad_out, q, k, v, block_indices, lse, delta)
+    delta = _ops._attention_delta(grad_out, grad_log_sum, out)
+    args = (grad_out, q, k, v, block_indices, shift, log_sum, delta)
     lists = _ops._block_lists(block_indices, *tables, seq_len_k=k.shape[1], block_size=block_size)
     dk_tiles, dv_tiles, dq_partial = _ops._selected_bwd_kv_outer(
         *args, *lists, *tables.queries, block_size=block_size, scale=scale, with_dq=order == "fsa"
@@ -107,7 +109,7 @@ def backward(
     return dq, dk, dv
 
 
-def selected_attention(
+def selected_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -120,7 +122,7 @@ def selected_attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     loop_order: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = problem_of(q, k, v, block_indices.shape[3], block_size)
     order = cost.choose(problem, device_of(q), loop_order).order
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -129,13 +131,14 @@ def selected_attention(
 
 def selected_attention_backward(
     grad_out: Tensor | None,
-    grad_lse: Tensor | None,
+    grad_log_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
     out: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     *,
     block_size: int = 64,
     scale: float | None = None,
@@ -149,9 +152,10 @@ def selected_attention_backward(
     order = cost.choose(problem, device_of(q), loop_order, backward=True).order
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return backward(
-        order, grad_out, grad_lse, q, k, v, block_indices, out, lse, cu_seqlens_q, cu_seqlens_k, block_size, scale
-    )
+        order, grad_out, grad_log_sum, q, k, v, block_indices, out, shift, log_sum, cu_seqlens_q, cu_seqlens_k,
+        block_size, scale,
+    )  # fmt: skip
 
 
-impl("selected_attention", selected_attention, "CUDA")
+impl("selected_attention_forward", selected_attention_forward, "CUDA")
 impl("selected_attention_backward", selected_attention_backward, "CUDA")

@@ -18,13 +18,13 @@ from .schema import impl
 from .visibility import Visibility, compressed_visibility, packed_windows, sliding_visibility, token_sequences
 
 __all__ = [
-    "compressed_attention",
     "compressed_attention_backward",
+    "compressed_attention_forward",
     "mean_compress",
     "mean_compress_backward",
     "select_blocks",
-    "sliding_window_attention",
     "sliding_window_attention_backward",
+    "sliding_window_attention_forward",
 ]
 
 _MAX_ROWS = 1024  # queries in a chunk
@@ -32,12 +32,12 @@ _SCORE_BYTES = {"cpu": 4 << 20}  # of one chunk's float32 scores: what stays in 
 _SCORE_BYTES_DEFAULT = 256 << 20
 
 
-def compressed_attention(
+def compressed_attention_forward(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: int | None
     = None, scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`fsa::compressed_attention`: stage 2 of the specification, `(out, lse)`."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`fsa::compressed_attention_forward`: stage 2 of the specification, `(out, shift, log_sum)`."""
     visibility = compressed_visibility(
         q, k_cmp.shape[1], kernel_size, kernel_stride, seq_len_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_k
     )
@@ -45,34 +45,36 @@ def compressed_attention(
 
 
 def compressed_attention_backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse:
-    Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: int | None = None, scale: float | None =
-    None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, shift:
+    Tensor, log_sum: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, seq_len_k: int | None = None, scale:
+    float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int |
+    None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fsa::compressed_attention_backward`: the gradients of q, k_cmp and v_cmp."""
     visibility = compressed_visibility(
         q, k_cmp.shape[1], kernel_size, kernel_stride, seq_len_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_k
     )
-    return attend_backward(grad_out, grad_lse, q, k_cmp, v_cmp, out, lse, visibility, scale)
+    return attend_backward(grad_out, grad_log_sum, q, k_cmp, v_cmp, out, shift, log_sum, visibility, scale)
 
 
-def sliding_window_attention(
+def sliding_window_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, *, window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None =
     None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`fsa::sliding_window_attention`: causal attention over the last `window_size` keys, `(out, lse)`."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`fsa::sliding_window_attention_forward`: causal attention over the last `window_size` keys, `(out, shift,
+    log_sum)`.
+    """
     return attend(q, k, v, sliding_visibility(q, k.shape[1], window_size, cu_seqlens_q, cu_seqlens_k), scale)
 
 
 def sliding_window_attention_backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
-    window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None =
-    None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, shift: Tensor,
+    log_sum: Tensor, *, window_size: int, scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k:
+    Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fsa::sliding_window_attention_backward`: the gradients of q, k and v."""
     visibility = sliding_visibility(q, k.shape[1], window_size, cu_seqlens_q, cu_seqlens_k)
-    return attend_backward(grad_out, grad_lse, q, k, v, out, lse, visibility, scale)
+    return attend_backward(grad_out, grad_log_sum, q, k, v, out, shift, log_sum, visibility, scale)
 
 
 def select_blocks(
@@ -165,44 +167,46 @@ def _top_blocks(score: Tensor, current: Tensor, num_selected: int, init_blocks: 
     return F.pad(ids, (0, num_selected - ids.shape[-1]), value=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the visible keys. q: [B, T, HQ, D], k: [B, N, HK, D], v: [B, N, HK, DV] -> [B, T, HQ,
-    DV], [B, T, HQ] f32.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax attention over the visible keys. q: [B, T, HQ, D], k: [B, N, HK, D], v: [B, N, HK, DV] -> out [B, T, HQ,
+    DV], shift (the highest score before scaling) and log_sum [B, T, HQ] f32.
     """
     batch, seq_len, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     out = q.new_empty(batch, seq_len, num_q_heads, v.shape[3])
-    lse = torch.empty(batch, seq_len, num_q_heads, dtype=torch.float32, device=q.device)
+    shift, log_sum = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     k, v = _by_head(k), _by_head(v)
     for start, stop, lo, hi in _chunks(visibility, q):
         rows = slice(start, stop)
         if hi <= lo:
-            out[:, rows] = 0
-            lse[:, rows] = -torch.inf
+            out[:, rows], shift[:, rows], log_sum[:, rows] = 0, 0, -torch.inf
             continue
-        p = _bmm(_by_group(q[:, rows], num_kv_heads), k[:, lo:hi].transpose(1, 2)).mul_(scale)
+        p = _bmm(_by_group(q[:, rows], num_kv_heads), k[:, lo:hi].transpose(1, 2))
         visibility.hide_(p.view(batch, num_kv_heads, stop - start, -1, hi - lo), rows, lo, hi, -torch.inf)
         highest = p.amax(-1, keepdim=True)
         highest.masked_fill_(highest == -torch.inf, 0)  # a row that sees nothing
-        total = p.sub_(highest).exp_().sum(-1, keepdim=True)
+        total = p.sub_(highest).mul_(scale).exp_().sum(-1, keepdim=True)
         o = _bmm(p.to(v.dtype), v[:, lo:hi]).div_(total.masked_fill(total == 0, 1))
         out[:, rows] = _by_token(o, batch, stop - start)
-        lse[:, rows] = _by_token(total.log_().add_(highest), batch, stop - start)[..., 0]
-    return out, lse
+        shift[:, rows] = _by_token(highest, batch, stop - start)[..., 0]
+        log_sum[:, rows] = _by_token(total.log_(), batch, stop - start)[..., 0]
+    return out, shift, log_sum
 
 
 def attend_backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    visibility: Visibility, scale: float | None,
+    grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, shift: Tensor,
+    log_sum: Tensor, visibility: Visibility, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `attend`, each with the shape and dtype of its input."""
     batch, _, _, head_dim = q.shape
     num_kv_heads = k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    nothing = lse == -torch.inf
-    lse = lse.masked_fill(nothing, torch.inf)  # a row that sees nothing: exp(s - inf) = 0
+    nothing = log_sum == -torch.inf
+    log_sum = log_sum.masked_fill(nothing, torch.inf)  # a row that sees nothing: exp(s - inf) = 0
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dtypes = k.dtype, v.dtype
     k, v = _by_head(k), _by_head(v)
@@ -213,25 +217,23 @@ def attend_backward(
         if hi <= lo:
             dq[:, rows] = 0
             continue
-        delta = (grad_out[:, rows].float() * out[:, rows].float()).sum(-1)
-        if grad_lse is not None:
-            delta = delta - grad_lse[:, rows].masked_fill(nothing[:, rows], 0)
         q_rows, do = _by_group(q[:, rows], num_kv_heads), _by_group(grad_out[:, rows], num_kv_heads)
+        # the very product of the forward: with scores rounded otherwise, p of large logits would not add up to 1
         p = (
             _bmm(q_rows, k[:, lo:hi].transpose(1, 2))
+            .sub_(_by_group(shift[:, rows, :, None], num_kv_heads))
             .mul_(scale)
-            .sub_(_by_group(lse[:, rows, :, None], num_kv_heads))
+            .sub_(_by_group(log_sum[:, rows, :, None], num_kv_heads))
             .exp_()
         )
         visibility.hide_(p.view(batch, num_kv_heads, stop - start, -1, hi - lo), rows, lo, hi, 0.0)
         dv[:, lo:hi] += _bmm(p.to(do.dtype).transpose(1, 2), do)
-        ds = (
-            _bmm(do, v[:, lo:hi].transpose(1, 2))
-            .sub_(_by_group(delta[..., None], num_kv_heads))
-            .mul_(p)
-            .mul_(scale)
-            .to(k.dtype)
-        )
+        # takes the mean of dP out of this dP: where p is nearly 1 the two cancel, to the last bit
+        ds = torch._softmax_backward_data(_bmm(do, v[:, lo:hi].transpose(1, 2)), p, -1, torch.float32)
+        if grad_log_sum is not None:
+            grad = grad_log_sum[:, rows].masked_fill(nothing[:, rows], 0)
+            ds.addcmul_(p, _by_group(grad[..., None], num_kv_heads))
+        ds = ds.mul_(scale).to(k.dtype)
         dq[:, rows] = _by_token(_bmm(ds, k[:, lo:hi]), batch, stop - start)
         dk[:, lo:hi] += _bmm(ds.transpose(1, 2), q_rows)
     return (
@@ -348,7 +350,7 @@ def mean_compress_backward(
 
 
 for _fn in (
-    compressed_attention, compressed_attention_backward, select_blocks, sliding_window_attention,
+    compressed_attention_forward, compressed_attention_backward, select_blocks, sliding_window_attention_forward,
     sliding_window_attention_backward,
 ):  # fmt: skip
     impl(_fn.__name__, _fn, "CUDA")

@@ -9,10 +9,11 @@ from . import schema
 from .arguments import Size, compressed_length, packed_compressed_length
 
 
-def _attention(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _attention(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, seq_len, num_q_heads, _ = q.shape
     out = q.new_empty((batch, seq_len, num_q_heads, v.shape[3]))
-    return out, q.new_empty((batch, seq_len, num_q_heads), dtype=torch.float32)
+    shift, log_sum = (q.new_empty((batch, seq_len, num_q_heads), dtype=torch.float32) for _ in range(2))
+    return out, shift, log_sum
 
 
 def _grads(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,7 +21,7 @@ def _grads(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dq, dk, dv
 
 
-def selected_attention(
+def selected_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -33,19 +34,20 @@ def selected_attention(
     max_seqlen_q: Size | None = None,
     max_seqlen_k: Size | None = None,
     loop_order: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _attention(q, v)
 
 
 def selected_attention_backward(
     grad_out: Tensor | None,
-    grad_lse: Tensor | None,
+    grad_log_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
     out: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     *,
     block_size: int = 64,
     scale: float | None = None,
@@ -58,7 +60,7 @@ def selected_attention_backward(
     return _grads(q, k, v)
 
 
-def compressed_attention(
+def compressed_attention_forward(
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
@@ -71,18 +73,19 @@ def compressed_attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: Size | None = None,
     max_seqlen_k: Size | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _attention(q, v_cmp)
 
 
 def compressed_attention_backward(
     grad_out: Tensor | None,
-    grad_lse: Tensor | None,
+    grad_log_sum: Tensor | None,
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
     out: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     *,
     kernel_size: int = 32,
     kernel_stride: int = 16,
@@ -117,7 +120,7 @@ def select_blocks(
     return q.new_empty((q.shape[0], q.shape[1], k_cmp.shape[2], num_selected), dtype=torch.int32)
 
 
-def sliding_window_attention(
+def sliding_window_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -128,18 +131,19 @@ def sliding_window_attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: Size | None = None,
     max_seqlen_k: Size | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _attention(q, v)
 
 
 def sliding_window_attention_backward(
     grad_out: Tensor | None,
-    grad_lse: Tensor | None,
+    grad_log_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     *,
     window_size: int,
     scale: float | None = None,
@@ -169,12 +173,12 @@ def mean_compress_backward(
 
 
 for _fake in (
-    selected_attention,
+    selected_attention_forward,
     selected_attention_backward,
-    compressed_attention,
+    compressed_attention_forward,
     compressed_attention_backward,
     select_blocks,
-    sliding_window_attention,
+    sliding_window_attention_forward,
     sliding_window_attention_backward,
     mean_compress,
     mean_compress_backward,

@@ -7,8 +7,8 @@ partial per (query, slot) and merges. Names and shapes, besides those of the sem
 - a *list* is the entries that chose one block, numbered `hk * num_blocks + block`, blocks counted over all sequences;
 - a *tile* is up to `ENTRIES_PER_TILE` consecutive entries of a list;
 - *partials* are `[B, T, HK, S, C, G, D]`: C chunks of a block (1 up to 64 keys), G heads of the group; the forward's
-  come with their softmax statistics `[B, T, HK, S, C, G, 2]` (maximum and sum, base 2). Slots whose block is not
-  visible are never written and never read.
+  come with their softmax statistics `[B, T, HK, S, C, G, 2]` (largest score, unscaled, and sum). Slots whose block is
+  not visible are never written and never read.
 
 Nothing here waits for the device, and results do not depend on the order in which lists were built.
 """
@@ -163,10 +163,9 @@ impl("_block_lists", _block_lists, "CUDA", "CPU")
 # Forward
 
 
-def _out_like(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    batch, seq_len, num_q_heads, _ = q.shape
-    out = q.new_empty(batch, seq_len, num_q_heads, v.shape[3])
-    return out, q.new_empty(batch, seq_len, num_q_heads, dtype=torch.float32)
+def _results(like: Tensor, rows: tuple[int, ...], head_dim_v: int) -> tuple[Tensor, Tensor, Tensor]:
+    shift, log_sum = (like.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return like.new_empty(*rows, head_dim_v), shift, log_sum
 
 
 def _selected_fwd_query_outer_fake(
@@ -180,8 +179,8 @@ def _selected_fwd_query_outer_fake(
     *,
     block_size: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    return _out_like(q, v)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(q, q.shape[:3], v.shape[3])
 
 
 def _selected_fwd_query_outer(
@@ -195,18 +194,18 @@ def _selected_fwd_query_outer(
     *,
     block_size: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _out_like(q, v)
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, shift, log_sum = _results(q, q.shape[:3], v.shape[3])
     tables = (cu_seqlens_q, cu_seqlens_k, seq_ids)
     selected_fwd_query_outer.launch(
-        _rows(q), _rows(k), _rows(v), block_indices.contiguous(), out, lse, tables, block_size, scale
+        _rows(q), _rows(k), _rows(v), block_indices.contiguous(), out, shift, log_sum, tables, block_size, scale
     )
-    return out, lse
+    return out, shift, log_sum
 
 
 define(
     f"_selected_fwd_query_outer(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_TABLES}, *, int block_size, "
-    "float scale) -> (Tensor out, Tensor lse)"
+    "float scale) -> (Tensor out, Tensor shift, Tensor log_sum)"
 )
 fake("_selected_fwd_query_outer", _selected_fwd_query_outer_fake)
 impl("_selected_fwd_query_outer", _selected_fwd_query_outer, *KERNEL_KEYS)
@@ -287,10 +286,10 @@ def _merge_partials_fake(
     *,
     seq_len_k: int,
     block_size: int,
-) -> tuple[Tensor, Tensor]:
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, seq_len, num_kv_heads, _, _, group, head_dim_v = partial_out.shape
-    out = partial_out.new_empty(batch, seq_len, num_kv_heads * group, head_dim_v)
-    return out, partial_stats.new_empty(batch, seq_len, num_kv_heads * group)
+    return _results(partial_out, (batch, seq_len, num_kv_heads * group), head_dim_v)
 
 
 def _merge_partials(
@@ -303,20 +302,22 @@ def _merge_partials(
     *,
     seq_len_k: int,
     block_size: int,
-) -> tuple[Tensor, Tensor]:
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     tables = (cu_seqlens_q, cu_seqlens_k, seq_ids)
-    out, lse = _merge_partials_fake(
-        partial_out, partial_stats, block_indices, *tables, seq_len_k=seq_len_k, block_size=block_size
+    out, shift, log_sum = _merge_partials_fake(
+        partial_out, partial_stats, block_indices, *tables, seq_len_k=seq_len_k, block_size=block_size, scale=scale
     )
     merge_partials.launch(
-        partial_out, partial_stats, block_indices.contiguous(), out, lse, tables, seq_len_k, block_size
-    )
-    return out, lse
+        partial_out, partial_stats, block_indices.contiguous(), out, shift, log_sum, tables, seq_len_k, block_size,
+        scale,
+    )  # fmt: skip
+    return out, shift, log_sum
 
 
 define(
     f"_merge_partials(Tensor partial_out, Tensor partial_stats, Tensor block_indices, {_TABLES}, *, SymInt seq_len_k, "
-    "int block_size) -> (Tensor out, Tensor lse)"
+    "int block_size, float scale) -> (Tensor out, Tensor shift, Tensor log_sum)"
 )
 fake("_merge_partials", _merge_partials_fake)
 impl("_merge_partials", _merge_partials, *KERNEL_KEYS)

@@ -15,20 +15,20 @@ from ..templates.config import Lists, StaticSizes
 from .loop_order import _LISTS, _TABLES, KERNEL_KEYS, _rows
 from .schema import define, fake, impl
 
-_BWD = "Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor block_indices, Tensor lse, Tensor delta"
+_BWD = "Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor block_indices, Tensor shift, Tensor log_sum, Tensor delta"
 
 
-def _attention_delta_fake(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
+def _attention_delta_fake(grad_out: Tensor, grad_log_sum: Tensor | None, out: Tensor) -> Tensor:
     return out.new_empty(out.shape[:3], dtype=torch.float32)
 
 
-def _attention_delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
-    delta = _attention_delta_fake(grad_out, grad_lse, out)
-    attention_delta.launch(_rows(grad_out), grad_lse, out.contiguous(), delta)
+def _attention_delta(grad_out: Tensor, grad_log_sum: Tensor | None, out: Tensor) -> Tensor:
+    delta = _attention_delta_fake(grad_out, grad_log_sum, out)
+    attention_delta.launch(_rows(grad_out), grad_log_sum, out.contiguous(), delta)
     return delta
 
 
-define("_attention_delta(Tensor grad_out, Tensor? grad_lse, Tensor out) -> Tensor")
+define("_attention_delta(Tensor grad_out, Tensor? grad_log_sum, Tensor out) -> Tensor")
 fake("_attention_delta", _attention_delta_fake)
 impl("_attention_delta", _attention_delta, *KERNEL_KEYS)
 
@@ -39,7 +39,8 @@ def _selected_bwd_query_outer_fake(
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     delta: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -57,7 +58,8 @@ def _selected_bwd_query_outer(
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     delta: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -68,8 +70,8 @@ def _selected_bwd_query_outer(
 ) -> Tensor:
     dq = q.new_empty(q.shape)
     selected_bwd_query_outer.launch(
-        _rows(grad_out), _rows(q), _rows(k), _rows(v), block_indices.contiguous(), lse.contiguous(), delta, dq,
-        (cu_seqlens_q, cu_seqlens_k, seq_ids), block_size, scale,
+        _rows(grad_out), _rows(q), _rows(k), _rows(v), block_indices.contiguous(), shift.contiguous(),
+        log_sum.contiguous(), delta, dq, (cu_seqlens_q, cu_seqlens_k, seq_ids), block_size, scale,
     )  # fmt: skip
     return dq
 
@@ -85,7 +87,8 @@ def _selected_bwd_kv_outer_fake(
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     delta: Tensor,
     entries: Tensor,
     tile_list: Tensor,
@@ -115,7 +118,8 @@ def _selected_bwd_kv_outer(
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     delta: Tensor,
     entries: Tensor,
     tile_list: Tensor,
@@ -132,12 +136,13 @@ def _selected_bwd_kv_outer(
     lists = Lists(entries, tile_list, tile_offsets, list_offsets)
     tables = (cu_seqlens_q, cu_seqlens_k, seq_ids)
     dk_tiles, dv_tiles, dq_partial = _selected_bwd_kv_outer_fake(
-        grad_out, q, k, v, block_indices, lse, delta, *lists, *tables,
+        grad_out, q, k, v, block_indices, shift, log_sum, delta, *lists, *tables,
         block_size=block_size, scale=scale, with_dq=with_dq,
     )  # fmt: skip
     selected_bwd_kv_outer.launch(
-        _rows(grad_out), _rows(q), _rows(k), _rows(v), block_indices.contiguous(), lse.contiguous(), delta, lists,
-        dk_tiles, dv_tiles, dq_partial if with_dq else None, tables, block_size, scale,
+        _rows(grad_out), _rows(q), _rows(k), _rows(v), block_indices.contiguous(), shift.contiguous(),
+        log_sum.contiguous(), delta, lists, dk_tiles, dv_tiles, dq_partial if with_dq else None, tables, block_size,
+        scale,
     )  # fmt: skip
     return dk_tiles, dv_tiles, dq_partial
 

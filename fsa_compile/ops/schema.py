@@ -16,7 +16,7 @@ import torch
 from .. import debug
 from .checks import CHECKS
 
-__all__ = ["BACKWARD_OPS", "DIFFERENTIABLE_OPS", "LIB", "SEMANTIC_OPS", "define", "fake", "impl", "signature"]
+__all__ = ["ATTENTION_OPS", "BACKWARD_OPS", "LIB", "SEMANTIC_OPS", "define", "fake", "impl", "signature"]
 
 LIB = torch.library.Library("fsa", "DEF")
 
@@ -26,29 +26,40 @@ _COMPRESSED = f"{_WINDOWS}, SymInt? seq_len_k=None, float? scale=None, {_PACK}"
 _SELECTED = f'int block_size=64, float? scale=None, {_PACK}, str loop_order="auto"'
 _SLIDING = f"int window_size, float? scale=None, {_PACK}"
 _FORCED = "int init_blocks=1, int local_blocks=2"
+_OUT_LSE = "(Tensor out, Tensor lse)"
+# A row's softmax is `exp(scale * (q @ k - shift) - log_sum)`, its log-sum-exp `scale * shift + log_sum`. One float32
+# number would not do: at logits of 1e4 it is off by 5e-4, and so would be every probability that a backward makes of
+# it.
+_SOFTMAX = "(Tensor out, Tensor shift, Tensor log_sum)"
+_GRADS = "Tensor? grad_out, Tensor? grad_log_sum"
+_RESULTS = "Tensor out, Tensor shift, Tensor log_sum"
 
 _SCHEMAS = (
     "nsa_attention(Tensor q, Tensor k, Tensor v, Tensor? g_cmp=None, Tensor? g_slc=None, Tensor? g_swa=None, *, "
     "Tensor? k_cmp=None, Tensor? v_cmp=None, Tensor? block_indices=None, int block_size=64, int num_selected=16, "
     f'{_WINDOWS}, {_FORCED}, int window_size=512, float? scale=None, {_PACK}, str loop_order="auto") -> Tensor',
-    f"selected_attention(Tensor q, Tensor k, Tensor v, Tensor block_indices, *, {_SELECTED}) -> (Tensor, Tensor)",
-    "selected_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor block_indices, Tensor out, Tensor lse, *, {_SELECTED}) -> (Tensor, Tensor, Tensor)",
-    f"compressed_attention(Tensor q, Tensor k_cmp, Tensor v_cmp, *, {_COMPRESSED}) -> (Tensor, Tensor)",
-    "compressed_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k_cmp, Tensor v_cmp, "
-    f"Tensor out, Tensor lse, *, {_COMPRESSED}) -> (Tensor, Tensor, Tensor)",
+    f"selected_attention(Tensor q, Tensor k, Tensor v, Tensor block_indices, *, {_SELECTED}) -> {_OUT_LSE}",
+    f"selected_attention_forward(Tensor q, Tensor k, Tensor v, Tensor block_indices, *, {_SELECTED}) -> {_SOFTMAX}",
+    f"selected_attention_backward({_GRADS}, Tensor q, Tensor k, Tensor v, Tensor block_indices, {_RESULTS}, *, "
+    f"{_SELECTED}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"compressed_attention(Tensor q, Tensor k_cmp, Tensor v_cmp, *, {_COMPRESSED}) -> {_OUT_LSE}",
+    f"compressed_attention_forward(Tensor q, Tensor k_cmp, Tensor v_cmp, *, {_COMPRESSED}) -> {_SOFTMAX}",
+    f"compressed_attention_backward({_GRADS}, Tensor q, Tensor k_cmp, Tensor v_cmp, {_RESULTS}, *, {_COMPRESSED}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv)",
     "select_blocks(Tensor q, Tensor k_cmp, Tensor lse, *, int block_size=64, int num_selected=16, "
     f"{_WINDOWS}, {_FORCED}, SymInt? seq_len_k=None, float? scale=None, {_PACK}) -> Tensor",
-    f"sliding_window_attention(Tensor q, Tensor k, Tensor v, *, {_SLIDING}) -> (Tensor, Tensor)",
-    "sliding_window_attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor out, Tensor lse, *, {_SLIDING}) -> (Tensor, Tensor, Tensor)",
+    f"sliding_window_attention(Tensor q, Tensor k, Tensor v, *, {_SLIDING}) -> {_OUT_LSE}",
+    f"sliding_window_attention_forward(Tensor q, Tensor k, Tensor v, *, {_SLIDING}) -> {_SOFTMAX}",
+    f"sliding_window_attention_backward({_GRADS}, Tensor q, Tensor k, Tensor v, {_RESULTS}, *, {_SLIDING}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv)",
     f"mean_compress(Tensor x, *, {_WINDOWS}, Tensor? cu_seqlens=None) -> Tensor",
     f"mean_compress_backward(Tensor grad_out, *, SymInt seq_len, {_WINDOWS}, Tensor? cu_seqlens=None) -> Tensor",
 )
 
 SEMANTIC_OPS = tuple(schema.split("(", 1)[0] for schema in _SCHEMAS)
 BACKWARD_OPS = tuple(name for name in SEMANTIC_OPS if name.endswith("_backward"))
-DIFFERENTIABLE_OPS = tuple(name.removesuffix("_backward") for name in BACKWARD_OPS)
+# Of these, `<name>` is made of `<name>_forward`, which has the autograd and the kernels.
+ATTENTION_OPS = tuple(name.removesuffix("_forward") for name in SEMANTIC_OPS if name.endswith("_forward"))
 
 
 def define(schema: str) -> None:
@@ -100,7 +111,7 @@ def _checked(name: str, fn: Callable[..., Any], *, values: bool) -> Callable[...
         if values and debug.is_validating():
             bound = bind(*args, **kwargs)
             bound.apply_defaults()
-            debug.check_values(name, bound.arguments)
+            debug.check_values(name.removesuffix("_forward"), bound.arguments)
         return fn(*args, **kwargs)
 
     return call

@@ -12,12 +12,12 @@ import triton.language as tl
 
 from .config import ENTRIES_PER_TILE, Lists, Meta, StaticSizes, Tables, sequence_args, stages, warps
 from .lists import chunk_keys, head_base, list_rows, list_tile, load_chunk
-from .tiles import LOG2E, accumulate, dot, load_tile, store_tile
+from .tiles import accumulate, dot, load_tile, probabilities, store_tile
 
 
 @triton.jit
 def selected_bwd_kv_outer_step(
-    grad_out_base, q_base, lse_ptr, delta_ptr, k, v, keys, valid, n, g, hk, first_row, first_pos,
+    grad_out_base, q_base, shift_ptr, log_sum_ptr, delta_ptr, k, v, keys, valid, n, g, hk, first_row, first_pos,
     stride_gt, stride_gh, stride_qt, stride_qh, scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -32,20 +32,20 @@ def selected_bwd_kv_outer_step(
     q = load_tile(q_base, t * stride_qt + g * stride_qh, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     grad_out = load_tile(grad_out_base, t * stride_gt + g * stride_gh, valid, HEAD_DIM_V, BLOCK_DV)
     row = (n.to(tl.int64) * NUM_KV_HEADS + hk) * GROUP + g
-    lse = tl.load(lse_ptr + row, mask=valid, other=float("-inf"))
-    delta = tl.load(delta_ptr + row, mask=valid, other=0.0)
-    visible = (keys[:, None] <= (n - first_pos)[None, :]) & (lse > float("-inf"))[None, :]
-    scores = dot(k, tl.trans(q)) * (scale * LOG2E)  # [BLOCK_N, BLOCK_M]
-    p = tl.exp2(tl.where(visible, scores - lse[None, :] * LOG2E, float("-inf")))
+    shift = tl.load(shift_ptr + row, mask=valid, other=0.0)[None, :]
+    log_sum = tl.load(log_sum_ptr + row, mask=valid, other=float("-inf"))[None, :]
+    delta = tl.load(delta_ptr + row, mask=valid, other=0.0)[None, :]
+    visible = keys[:, None] <= (n - first_pos)[None, :]
+    p = probabilities(dot(k, tl.trans(q)), visible, shift, log_sum, scale)  # [BLOCK_N, BLOCK_M]
     dv = dot(p.to(grad_out.dtype), grad_out)
-    ds = p * (dot(v, tl.trans(grad_out)) - delta[None, :])
+    ds = p * (dot(v, tl.trans(grad_out)) - delta)
     ds = ds.to(q.dtype)
     return dot(ds, q), dv, ds
 
 
 @triton.jit
 def selected_bwd_kv_outer_kernel(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, block_indices_ptr, lse_ptr, delta_ptr,
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, block_indices_ptr, shift_ptr, log_sum_ptr, delta_ptr,
     entries_ptr, tile_list_ptr, tile_offsets_ptr, list_offsets_ptr, dk_tiles_ptr, dv_tiles_ptr, dq_partial_ptr,
     stride_gb, stride_gt, stride_gh, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -77,7 +77,7 @@ def selected_bwd_kv_outer_kernel(
             entries_ptr, first, last, m, chunk, NUM_KV_HEADS, GROUP, NUM_SELECTED, NUM_CHUNKS, BLOCK_M
         )
         dk_rows, dv_rows, ds = selected_bwd_kv_outer_step(
-            grad_out_base, q_base, lse_ptr, delta_ptr, k, v, keys, valid, n, g, hk, first_row, first_pos,
+            grad_out_base, q_base, shift_ptr, log_sum_ptr, delta_ptr, k, v, keys, valid, n, g, hk, first_row, first_pos,
             stride_gt, stride_gh, stride_qt, stride_qh, scale,
             NUM_KV_HEADS, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
@@ -111,7 +111,8 @@ def launch(
     k: torch.Tensor,
     v: torch.Tensor,
     block_indices: torch.Tensor,
-    lse: torch.Tensor,
+    shift: torch.Tensor,
+    log_sum: torch.Tensor,
     delta: torch.Tensor,
     lists: Lists,
     dk_tiles: torch.Tensor,
@@ -127,7 +128,7 @@ def launch(
     if num_tiles == 0:
         return
     selected_bwd_kv_outer_kernel[(num_tiles, sizes.num_chunks)](
-        grad_out, q, k, v, block_indices, lse, delta, *lists, dk_tiles, dv_tiles, dq_partial,
+        grad_out, q, k, v, block_indices, shift, log_sum, delta, *lists, dk_tiles, dv_tiles, dq_partial,
         *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sequence_args(q, k, tables), scale,
         **meta(sizes, dq_partial is not None),
     )  # fmt: skip

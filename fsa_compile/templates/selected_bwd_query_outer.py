@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from .config import Meta, StaticSizes, Tables, sequence_args, stages, warps
-from .tiles import LOG2E, dot, is_visible, load_tile, sequence_of, store_tile
+from .tiles import dot, is_visible, load_tile, probabilities, sequence_of, store_tile
 
 
 @triton.jit
 def selected_bwd_query_outer_tile(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, block_indices_ptr, lse_ptr, delta_ptr,
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, block_indices_ptr, shift_ptr, log_sum_ptr, delta_ptr,
     stride_gb, stride_gt, stride_gh, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     n, hk, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, scale,
@@ -41,14 +41,15 @@ def selected_bwd_query_outer_tile(
     grad_out_base = grad_out_ptr + b64 * stride_gb + t64 * stride_gt + hk64 * (GROUP * stride_gh)
     grad_out = load_tile(grad_out_base, heads * stride_gh, heads < GROUP, HEAD_DIM_V, BLOCK_DV)  # [BLOCK_G, BLOCK_DV]
     row = (n.to(tl.int64) * NUM_KV_HEADS + hk) * GROUP + heads
-    lse = tl.load(lse_ptr + row, mask=heads < GROUP, other=float("-inf"))
-    delta = tl.load(delta_ptr + row, mask=heads < GROUP, other=0.0)
+    shift = tl.load(shift_ptr + row, mask=heads < GROUP, other=0.0)[:, None]
+    log_sum = tl.load(log_sum_ptr + row, mask=heads < GROUP, other=float("-inf"))[:, None]
+    delta = tl.load(delta_ptr + row, mask=heads < GROUP, other=0.0)[:, None]
+    delta = tl.where(log_sum > float("-inf"), delta, 0.0)  # without a key log_sum is a constant, whatever came back
     k_base = k_ptr + b64 * stride_kb + hk64 * stride_kh
     v_base = v_ptr + b64 * stride_vb + hk64 * stride_vh
     indices = block_indices_ptr + (n.to(tl.int64) * NUM_KV_HEADS + hk) * NUM_SELECTED
 
     dq = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    has_keys = (lse > float("-inf"))[:, None]
     TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
     for i in range(NUM_SELECTED * TILES):
         block = tl.load(indices + i // TILES)
@@ -58,16 +59,15 @@ def selected_bwd_query_outer_tile(
         key_row = (first_key + start).to(tl.int64)
         k = load_tile(k_base + key_row * stride_kt, keys * stride_kt, visible, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_base + key_row * stride_vt, keys * stride_vt, visible, HEAD_DIM_V, BLOCK_DV)
-        scores = dot(q, tl.trans(k)) * (scale * LOG2E)  # [BLOCK_G, BLOCK_N]
-        p = tl.exp2(tl.where(visible[None, :] & has_keys, scores - lse[:, None] * LOG2E, float("-inf")))
-        ds = p * (dot(grad_out, tl.trans(v)) - delta[:, None])
+        p = probabilities(dot(q, tl.trans(k)), visible[None, :], shift, log_sum, scale)  # [BLOCK_G, BLOCK_N]
+        ds = p * (dot(grad_out, tl.trans(v)) - delta)
         dq += dot(ds.to(k.dtype), k)
     return dq * scale, b, t
 
 
 @triton.jit
 def selected_bwd_query_outer_kernel(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, block_indices_ptr, lse_ptr, delta_ptr, dq_ptr,
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, block_indices_ptr, shift_ptr, log_sum_ptr, delta_ptr, dq_ptr,
     stride_gb, stride_gt, stride_gh, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, scale,
@@ -79,7 +79,7 @@ def selected_bwd_query_outer_kernel(
     n = tl.program_id(0)
     hk = tl.program_id(1)
     dq, _, _ = selected_bwd_query_outer_tile(
-        grad_out_ptr, q_ptr, k_ptr, v_ptr, block_indices_ptr, lse_ptr, delta_ptr,
+        grad_out_ptr, q_ptr, k_ptr, v_ptr, block_indices_ptr, shift_ptr, log_sum_ptr, delta_ptr,
         stride_gb, stride_gt, stride_gh, stride_qb, stride_qt, stride_qh,
         stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         n, hk, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, scale,
@@ -107,7 +107,8 @@ def launch(
     k: torch.Tensor,
     v: torch.Tensor,
     block_indices: torch.Tensor,
-    lse: torch.Tensor,
+    shift: torch.Tensor,
+    log_sum: torch.Tensor,
     delta: torch.Tensor,
     dq: torch.Tensor,
     tables: Tables,
@@ -120,7 +121,7 @@ def launch(
     if num_rows == 0:
         return
     selected_bwd_query_outer_kernel[(num_rows, sizes.num_kv_heads)](
-        grad_out, q, k, v, block_indices, lse, delta, dq,
+        grad_out, q, k, v, block_indices, shift, log_sum, delta, dq,
         *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sequence_args(q, k, tables), scale,
         **meta(sizes),
     )  # fmt: skip

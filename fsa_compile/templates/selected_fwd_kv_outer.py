@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .config import ENTRIES_PER_TILE, Lists, Meta, StaticSizes, Tables, sequence_args, warps
 from .lists import chunk_keys, head_base, list_rows, list_tile, load_chunk
-from .tiles import LOG2E, dot, finite_max, load_tile, store_tile
+from .tiles import dot, exp_scaled, finite_max, load_tile, store_tile
 
 
 @triton.jit
@@ -22,15 +22,16 @@ def selected_fwd_kv_outer_step(
 ):  # fmt: skip
     """Attention of BLOCK_M rows over the keys of one chunk, with a softmax of its own.
 
-    Returns float32 ``(out [BLOCK_M, BLOCK_DV], row_max [BLOCK_M], row_sum [BLOCK_M])``: the normalised output and the
-    softmax statistics in base 2; a row that sees no key of the chunk has 0, ``-inf`` and 0.
+    Returns float32 ``(out [BLOCK_M, BLOCK_DV], row_max [BLOCK_M], row_sum [BLOCK_M])``: the normalised output, the
+    largest score before scaling and the sum of ``exp(scale * (score - row_max))``; a row that sees no key of the chunk
+    has 0, ``-inf`` and 0.
     """
     rows = (n - first_row).to(tl.int64) * stride_qt + g * stride_qh
     q = load_tile(q_base, rows, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     visible = keys[None, :] <= (n - first_pos)[:, None]
-    scores = tl.where(visible, dot(q, tl.trans(k)) * (scale * LOG2E), float("-inf"))  # [BLOCK_M, BLOCK_N]
+    scores = tl.where(visible, dot(q, tl.trans(k)), float("-inf"))  # [BLOCK_M, BLOCK_N]
     row_max = tl.max(scores, 1)
-    p = tl.exp2(scores - finite_max(row_max)[:, None])
+    p = exp_scaled(scores, finite_max(row_max)[:, None], scale)
     row_sum = tl.sum(p, 1)
     out = dot(p.to(v.dtype), v) / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
     return out, row_max, row_sum

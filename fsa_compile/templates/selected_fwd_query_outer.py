@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .config import Meta, StaticSizes, Tables, sequence_args, stages, warps
-from .tiles import LOG2E, dot, finite_max, is_visible, load_tile, log_sum_exp, sequence_of, store_tile
+from .tiles import dot, exp_scaled, finite_max, is_visible, load_tile, log_or_none, sequence_of, store_tile
 
 
 @triton.jit
@@ -22,7 +22,8 @@ def selected_fwd_query_outer_tile(
 ):  # fmt: skip
     """Attention of the heads of one group at row ``n`` over its selected blocks.
 
-    Returns ``(out, lse, b, t)``: float32 ``[BLOCK_G, BLOCK_DV]`` and ``[BLOCK_G]``, and where the row lies.
+    Returns ``(out, shift, log_sum, b, t)``: float32 ``[BLOCK_G, BLOCK_DV]``, ``[BLOCK_G]`` and ``[BLOCK_G]``, and where
+    the row lies.
     """
     b, first_row, first_pos, first_key, _ = sequence_of(
         n, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, PACKED
@@ -51,22 +52,21 @@ def selected_fwd_query_outer_tile(
         row = (first_key + start).to(tl.int64)
         k = load_tile(k_base + row * stride_kt, keys * stride_kt, visible, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_base + row * stride_vt, keys * stride_vt, visible, HEAD_DIM_V, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        scores = dot(q, tl.trans(k)) * (scale * LOG2E)  # [BLOCK_G, BLOCK_N]
-        scores = tl.where(visible[None, :], scores, float("-inf"))
+        scores = tl.where(visible[None, :], dot(q, tl.trans(k)), float("-inf"))  # [BLOCK_G, BLOCK_N]
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         shift = finite_max(new_max)
-        p = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(row_max - shift)
+        p = exp_scaled(scores, shift[:, None], scale)
+        decay = exp_scaled(row_max, shift, scale)
         row_sum = row_sum * decay + tl.sum(p, 1)
         acc = acc * decay[:, None] + dot(p.to(v.dtype), v)
         row_max = new_max
     out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-    return out, log_sum_exp(row_max, row_sum), b, t
+    return out, finite_max(row_max), log_or_none(row_sum), b, t
 
 
 @triton.jit
 def selected_fwd_query_outer_kernel(
-    q_ptr, k_ptr, v_ptr, block_indices_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, block_indices_ptr, out_ptr, shift_ptr, log_sum_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, scale,
     PACKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -76,7 +76,7 @@ def selected_fwd_query_outer_kernel(
 ):  # fmt: skip
     n = tl.program_id(0)
     hk = tl.program_id(1)
-    out, lse, _, _ = selected_fwd_query_outer_tile(
+    out, shift, log_sum, _, _ = selected_fwd_query_outer_tile(
         q_ptr, k_ptr, v_ptr, block_indices_ptr,
         stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         n, hk, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, scale,
@@ -86,7 +86,8 @@ def selected_fwd_query_outer_kernel(
     heads = tl.arange(0, BLOCK_G)
     row = (n.to(tl.int64) * NUM_KV_HEADS + hk) * GROUP
     store_tile(out_ptr + row * HEAD_DIM_V, heads * HEAD_DIM_V, heads < GROUP, out, HEAD_DIM_V, BLOCK_DV)
-    tl.store(lse_ptr + row + heads, lse, mask=heads < GROUP)
+    tl.store(shift_ptr + row + heads, shift, mask=heads < GROUP)
+    tl.store(log_sum_ptr + row + heads, log_sum, mask=heads < GROUP)
 
 
 def meta(sizes: StaticSizes) -> Meta:
@@ -105,18 +106,19 @@ def launch(
     v: torch.Tensor,
     block_indices: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    shift: torch.Tensor,
+    log_sum: torch.Tensor,
     tables: Tables,
     block_size: int,
     scale: float,
 ) -> None:
-    """Fill ``out`` ``[B, T, HQ, DV]`` and ``lse`` ``[B, T, HQ]``."""
+    """Fill ``out`` ``[B, T, HQ, DV]`` and the softmax statistics ``shift`` and ``log_sum`` ``[B, T, HQ]``."""
     sizes = StaticSizes.of(q, k, v, block_indices, block_size, tables[0] is not None)
     num_rows = q.shape[0] * q.shape[1]
     if num_rows == 0:
         return
     # Rows run fastest over the grid, so that one head's keys and values stay in L2.
     selected_fwd_query_outer_kernel[(num_rows, sizes.num_kv_heads)](
-        q, k, v, block_indices, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        q, k, v, block_indices, out, shift, log_sum, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *sequence_args(q, k, tables), scale, **meta(sizes),
     )  # fmt: skip

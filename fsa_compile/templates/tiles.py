@@ -94,6 +94,24 @@ def finite_max(row_max):
 
 
 @triton.jit
-def log_sum_exp(row_max, row_sum):
-    """Natural log-sum-exp from a base-2 running maximum and sum; ``-inf`` for a row with no visible key."""
-    return tl.where(row_sum > 0, (row_max + tl.log2(tl.where(row_sum > 0, row_sum, 1.0))) * LN2, float("-inf"))
+def exp_scaled(scores, shift, scale):
+    """``exp(scale * (scores - shift))``, ``-inf`` giving 0.
+
+    Scores are raw products and the shift one of their maxima, so that their difference has no rounding error where it
+    matters, whatever the compiler contracts: scaled first, scores of 1e4 would be off by 1e-3, and differently so from
+    one kernel to the next.
+    """
+    return tl.exp2((scores - shift) * (scale * LOG2E))
+
+
+@triton.jit
+def probabilities(scores, visible, shift, log_sum, scale):
+    """A row's softmax as its statistics have it; 0 where a key is not visible or a row sees none."""
+    exponent = (scores - shift) * (scale * LOG2E) - log_sum * LOG2E
+    return tl.exp2(tl.where(visible & (log_sum > float("-inf")), exponent, float("-inf")))
+
+
+@triton.jit
+def log_or_none(row_sum):
+    """Natural logarithm of a row's sum; ``-inf`` for a row with no visible key."""
+    return tl.where(row_sum > 0, tl.log2(tl.where(row_sum > 0, row_sum, 1.0)) * LN2, float("-inf"))
