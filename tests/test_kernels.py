@@ -145,7 +145,7 @@ def test_huge_logits(order: str, dtype: torch.dtype) -> None:
     """At logits of 1e4 float32 resolves a log-sum-exp to 1e-3, which neither results nor gradients may show."""
     plain = Spec(seq_len=40, num_kv_heads=1)
     check(order, replace(plain, logits=1e4 if dtype != torch.float16 else 3e3), dtype, large_logits=True)
-    check(order, replace(plain, scale=2500.0), dtype, large_logits=True)
+    check(order, replace(plain, scale=2048.0), dtype, large_logits=True)
 
 
 @kernels

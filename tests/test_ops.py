@@ -205,9 +205,12 @@ def test_expanded_upstream_gradient(device: str, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ATTENTION)
-@pytest.mark.parametrize("spec", [Spec(scale=2500.0, seq_len=150), Spec(scale=2500.0, lengths=(40, 61))], ids=str)
+@pytest.mark.parametrize("spec", [Spec(scale=2048.0, seq_len=150), Spec(scale=2048.0, lengths=(40, 61))], ids=str)
 def test_large_logits(device: str, spec: Spec, name: str, dtype: torch.dtype) -> None:
-    """Logits of +-1e4 and more: every row has its own maximum, so nothing overflows and the answers are right."""
+    """Logits of +-1e4 and more: every row has its own maximum, so nothing overflows and the answers are right.
+
+    By a power of two plain PyTorch scales without rounding; else which of two near ties wins is a matter of luck.
+    """
     call = call_of(name, make_inputs(spec, device, dtype))
     _, lse = call.reference()(*call.to(torch.float64).args, **call.options)
     assert lse[lse.isfinite()].abs().max() > 1e4
@@ -215,7 +218,7 @@ def test_large_logits(device: str, spec: Spec, name: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("name", [*ATTENTION, "nsa_attention"])
-@pytest.mark.parametrize("scale", [-0.5, 0.0, -2500.0])
+@pytest.mark.parametrize("scale", [-0.5, 0.0, -2048.0])
 def test_scales_that_are_not_positive(device: str, scale: float, name: str) -> None:
     check_against_reference(name, Spec(seq_len=60, scale=scale), device, torch.float32, large_logits=scale < -1)
 
