@@ -24,7 +24,7 @@ def floor(dtype: torch.dtype) -> float:
     return 8 * eps if dtype == torch.float32 else eps / 8
 
 
-def draws(*tensors: Tensor, most: int = 16, large_logits: bool = False) -> int:
+def draws(*tensors: Tensor, most: int = 64, large_logits: bool = False) -> int:
     """How many draws of the inputs, `most` at most, make the errors of tensors of these sizes worth comparing.
 
     `large_logits`: nearly all of the error is in the few rows where two keys nearly tie, so it takes many rows.

@@ -86,7 +86,7 @@ def check(order: str, spec: Spec, dtype: torch.dtype, seed: int = 0, large_logit
     """Results and gradients within SPEC's error budget, over draws enough to tell."""
     budgets = [Budget(f"{order} {name} of {spec}, {dtype}", dtype) for name in ("out", "lse", "dq", "dk", "dv")]
     inputs = make_inputs(spec, DEVICE, dtype, seed=seed)
-    most = 1 if INTERPRETED else 16
+    most = 1 if INTERPRETED else 64
     for draw in range(draws(inputs.q, inputs.k, inputs.v, most=most, large_logits=large_logits)):
         call = call_of("selected_attention", make_inputs(spec, DEVICE, dtype, seed=seed + 100 * draw))
         upstream = upstream_of(call)

@@ -57,12 +57,12 @@ def selected_attention_backward(
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for b, rows, cols in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
         grad_b, grad_log_sum_b = (None if x is None else x[b, rows] for x in (grad_out, grad_log_sum))
-        grad, q_b, k_b, v_b, out_b, lse_b = widen_gradients(
+        grad, q_b, k_b, v_b, delta, lse_b = widen_gradients(
             grad_b, grad_log_sum_b, q[b, rows], k[b, cols], v[b, cols], out[b, rows], shift[b, rows], log_sum[b, rows],
             scale,
         )  # fmt: skip
         problem = _Problem(q_b, k_b, v_b, block_indices[b, rows], block_size)
-        dk_b, dv_b = _backward(problem, grad, out_b, lse_b, scale, dq[b, rows])
+        dk_b, dv_b = _backward(problem, grad, delta, lse_b, scale, dq[b, rows])
         dk[b, cols], dv[b, cols] = dk_b[..., : k.shape[3]], dv_b[..., : v.shape[3]]
     return dq, dk, dv
 
@@ -275,14 +275,15 @@ def _forward_diagonal(problem: _Problem) -> tuple[Tensor, Tensor]:
 
 
 def _backward(
-    problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor, scale: float, dq: Tensor
+    problem: _Problem, grad: Tensor, delta: Tensor, lse: Tensor, scale: float, dq: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Fills dq [T, HQ, D]; returns dk, dv [Tk, HK, W]."""
     group_size, width = problem.group_size, problem.width
-    dq_own, dk, dv = _backward_diagonal(problem, grad, out, lse)
+    dq_own, dk, dv = _backward_diagonal(problem, grad, delta, lse)
     dk_blocks, dv_blocks = dk.flatten(0, 1), dv.flatten(0, 1)
     k_blocks, v_blocks = problem.k.flatten(0, 1), problem.v.flatten(0, 1)
-    q_rows, grad_rows, out_rows = problem.rows(problem.q), problem.rows(grad), problem.rows(out)
+    q_rows, grad_rows = problem.rows(problem.q), problem.rows(grad)
+    delta_rows = F.pad(delta.reshape(-1, group_size), (0, 0, 0, 1))
     # what fills a tile has no share in the gradients
     lse_rows = F.pad(lse.view(-1, group_size), (0, 0, 0, 1), value=torch.inf)
     buffer = grad.new_empty(0)
@@ -291,16 +292,19 @@ def _backward(
         buffer, parts = _parts(problem, tiles, buffer)
         for step, places in tiles.steps(problem.row_bytes // problem.num_kv_heads):
             blocks, rows = tiles.blocks[step], tiles.rows[places]
-            grad_part, q_part, out_part = (
-                x.index_select(0, rows).view(blocks.shape[0], 1, -1, width) for x in (grad_rows, q_rows, out_rows)
+            grad_part, q_part = (
+                x.index_select(0, rows).view(blocks.shape[0], 1, -1, width) for x in (grad_rows, q_rows)
+            )
+            delta_part, lse_part = (
+                x.index_select(0, rows).view(blocks.shape[0], 1, -1) for x in (delta_rows, lse_rows)
             )
             dq_part, dk_part, dv_part = tile_backward(
                 grad_part,
                 q_part,
                 k_blocks.index_select(0, blocks)[:, None],
                 v_blocks.index_select(0, blocks)[:, None],
-                out_part,
-                lse_rows.index_select(0, rows).view(blocks.shape[0], 1, -1),
+                delta_part,
+                lse_part,
             )
             parts[places] = dq_part.view(-1, group_size, width)
             dk_blocks.index_add_(0, blocks, dk_part[:, 0])
@@ -311,19 +315,19 @@ def _backward(
     return problem.unblock(dk), problem.unblock(dv)
 
 
-def _backward_diagonal(problem: _Problem, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_diagonal(problem: _Problem, grad: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The share of each row's own block: dq [T, HQ, W], dk, dv [HK, NB, block_size, W]."""
     lse = lse.masked_fill(~_has_current(problem), torch.inf)
-    blocks, (grad, q, out) = _diagonal(problem, grad, problem.q, out)
+    blocks, (grad, q, delta) = _diagonal(problem, grad, problem.q, delta[..., None])
     before = problem.offset % problem.block_size
     after = problem.num_blocks * problem.block_size - problem.seq_len_k
     lse = F.pad(lse, (0, 0, before, after), value=torch.inf).unflatten(0, (-1, problem.block_size))
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(problem.k), torch.zeros_like(problem.v)
     for head in range(problem.num_kv_heads):
         heads = _heads(problem, head)
-        grad_part, q_part, out_part, lse_part = (x[:, :, heads].transpose(1, 2) for x in (grad, q, out, lse))
+        grad_part, q_part, delta_part, lse_part = (x[:, :, heads].transpose(1, 2) for x in (grad, q, delta, lse))
         k, v = (x[head, blocks, None].expand(-1, problem.group_size, -1, -1) for x in (problem.k, problem.v))
-        dq_part, dk_part, dv_part = tile_backward(grad_part, q_part, k, v, out_part, lse_part, causal=True)
+        dq_part, dk_part, dv_part = tile_backward(grad_part, q_part, k, v, delta_part[..., 0], lse_part, causal=True)
         dq[:, :, heads] = dq_part.transpose(1, 2)
         dk[head, blocks], dv[head, blocks] = dk_part.sum(1), dv_part.sum(1)
     return _undiagonal(problem, dq), dk, dv

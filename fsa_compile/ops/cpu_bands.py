@@ -73,13 +73,13 @@ def compressed_attention_backward(
         return dense.compressed_attention_backward(*args, seq_len_k=seq_len_k, **options)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dq = q.new_zeros(q.shape)
-    grad, q, k, v, out, lse = widen_gradients(*args, scale)
+    grad, q, k, v, delta, lse = widen_gradients(*args, scale)
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
     for rows, keys, heads, kv_heads in _triangles(q, k, kernel_size, kernel_stride):
-        grad_part, part, out_part = (x[:, rows, heads].transpose(1, 2) for x in (grad, q, out))
-        lse_part = lse[:, rows, heads].transpose(1, 2)
+        grad_part, part = (x[:, rows, heads].transpose(1, 2) for x in (grad, q))
+        delta_part, lse_part = (x[:, rows, heads].transpose(1, 2) for x in (delta, lse))
         k_part, v_part = (_expand(x[:, keys, kv_heads].transpose(1, 2), part.shape[1]) for x in (k, v))
-        dq_part, dk_part, dv_part = tile_backward(grad_part, part, k_part, v_part, out_part, lse_part, causal=True)
+        dq_part, dk_part, dv_part = tile_backward(grad_part, part, k_part, v_part, delta_part, lse_part, causal=True)
         dq_part = dq_part.transpose(1, 2)[..., : dq.shape[3]].mul_(scale)
         dq[:, rows, heads] = dq_part.to(dq.dtype)
         for total, share in ((dk, dk_part), (dv, dv_part)):
@@ -145,14 +145,14 @@ def sliding_window_attention_backward(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     num_kv_heads = k.shape[2]
     dq, k_in, v_in = q.new_empty(q.shape), k, v
-    grad, q, k, v, out, lse = widen_gradients(*args, scale)
+    grad, q, k, v, delta, lse = widen_gradients(*args, scale)
     k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
     for rows, keys, mask in _bands(q, k, window_size):
-        grad_part, part, out_part = (_by_group(x[:, rows], num_kv_heads) for x in (grad, q, out))
-        lse_part = _by_group(lse[:, rows, :, None], num_kv_heads)[..., 0]
+        grad_part, part = (_by_group(x[:, rows], num_kv_heads) for x in (grad, q))
+        delta_part, lse_part = (_by_group(x[:, rows, :, None], num_kv_heads)[..., 0] for x in (delta, lse))
         dq_part, dk_part, dv_part = tile_backward(
-            grad_part, part, k[:, :, keys], v[:, :, keys], out_part, lse_part, mask=mask
+            grad_part, part, k[:, :, keys], v[:, :, keys], delta_part, lse_part, mask=mask
         )
         dq[:, rows] = _by_token(dq_part.mul_(scale), rows)[..., : dq.shape[3]].to(dq.dtype)
         dk[:, :, keys] += dk_part

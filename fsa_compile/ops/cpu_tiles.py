@@ -38,20 +38,23 @@ def tile_forward(
 
 
 def tile_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool = False, mask: Tensor |
-    None = None,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse: Tensor, *, causal: bool = False, mask: Tensor
+    | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The tile's share of dq, dk, dv; q's is that of the scaled q. A row with `lse = inf` has none; `lse = -inf` must
-    not occur.
+    """The tile's share of dq, dk, dv, of what `widen_gradients` returns; q's is that of the scaled q.
+
+    delta and lse: [N, H, rows]. A row with `lse = inf` has no share; `lse = -inf` must not occur.
     """
     rows, keys = q.shape[2], k.shape[2]
     more_rows, more_keys = -rows % _ROWS, -keys % _ROWS
     if more_rows or more_keys:  # rows without a share, and keys that the mask hides
         assert causal or mask is not None or not more_keys
-        grad_out, q, out = (F.pad(x, (0, 0, 0, more_rows)) for x in (grad_out, q, out))
+        grad_out, q = (F.pad(x, (0, 0, 0, more_rows)) for x in (grad_out, q))
         k, v = (F.pad(x, (0, 0, 0, more_keys)) for x in (k, v))
-        lse = F.pad(lse, (0, more_rows), value=torch.inf)
+        delta, lse = F.pad(delta, (0, more_rows)), F.pad(lse, (0, more_rows), value=torch.inf)
         mask = None if mask is None else F.pad(mask, (0, more_keys, 0, more_rows), value=-torch.inf)
+    out = torch.zeros_like(grad_out)
+    out[..., -1] = delta  # meets the 1 in grad_out
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=1.0
     )
@@ -85,35 +88,33 @@ def widen_gradients(
     grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, shift: Tensor,
     log_sum: Tensor, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`widen` for the backward: (grad_out, q, k, v, out, lse) for `tile_backward`, in the dtype of `attend_precisely`.
+    """`widen` for the backward: (grad_out, q, k, v, delta, lse) for `tile_backward`, in `attend_precisely`'s dtype.
 
-    The kernel's `delta = rowsum(grad_out * out)` should be `delta - grad_log_sum`, and added up in the order of the
-    product `grad_out @ v` that it is subtracted from: where one key has all of a row's probability, `out` is its `v`,
-    and the two have to cancel. So `out` is 0 but for one column more, which holds that, and 1 in grad_out.
+    The fused kernel takes `delta` to be `rowsum(grad_out * out)`. It should be less by grad_log_sum, and added up in
+    the order of the product `grad_out @ v` that it is subtracted from: where one key has all of a row's probability,
+    `out` is its `v`, and the two have to cancel. So grad_out ends in a column of ones, and delta will be that of `out`,
+    which is 0 otherwise.
     """
     dtype = torch.float64 if shift.any() else torch.float32
     lse = log_sum.to(dtype) + scale * shift.to(dtype)
     nothing = lse == -torch.inf
-    width = max(q.shape[-1], v.shape[-1])
-    total = -(-(width + 1) // _LANES) * _LANES
-    wide_out = lse.new_zeros(*lse.shape, total)
+    width = max(q.shape[-1], v.shape[-1]) + 1
+    width += -width % _LANES
     if grad_out is None:
-        grad_out = wide_out.clone()
+        delta, grad_out = torch.zeros_like(lse), lse.new_zeros(*lse.shape, width)
     else:
-        wide_out[..., width] = _rowsum(grad_out.to(dtype), out.to(dtype))
-        grad_out = _widen(grad_out, total, dtype)
+        delta, grad_out = _rowsum(grad_out.to(dtype), out.to(dtype)), _widen(grad_out, width, dtype)
+    grad_out[..., -1] = 1
     if grad_log_sum is not None:  # without a key it is that of a constant, whatever came back
-        wide_out[..., width] -= grad_log_sum.masked_fill(nothing, 0)
-    grad_out[..., width] = 1
-    q, k, v = _widen(q, total, dtype) * scale, _widen(k, total, dtype), _widen(v, total, dtype)
-    return grad_out, q, k, v, wide_out, lse.masked_fill(nothing, torch.inf)
+        delta = delta - grad_log_sum.masked_fill(nothing, 0)
+    q, k, v = _widen(q, width, dtype) * scale, _widen(k, width, dtype), _widen(v, width, dtype)
+    return grad_out, q, k, v, delta, lse.masked_fill(nothing, torch.inf)
 
 
 def _rowsum(a: Tensor, b: Tensor) -> Tensor:
     """`(a * b).sum(-1)`, added up as a matrix product of tiles is."""
     count = a.shape[:-1].numel()
-    rows = (F.pad(x.reshape(count, -1), (0, 0, 0, -count % _ROWS)).unflatten(0, (-1, _ROWS)) for x in (a, b))
-    x, y = rows
+    x, y = (F.pad(x.reshape(count, -1), (0, 0, 0, -count % _ROWS)).unflatten(0, (-1, _ROWS)) for x in (a, b))
     return torch.bmm(x, y.transpose(1, 2)).diagonal(dim1=1, dim2=2).flatten()[:count].view(a.shape[:-1])
 
 
