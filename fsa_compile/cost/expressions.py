@@ -146,7 +146,7 @@ FORWARD_PASSES: dict[str, tuple[Pass, ...]] = {
         _LISTS,
         Pass(
             "KV-outer partials",
-            "each K/V block meets the queries that selected it: gather q rows, write one partial and its lse per entry",
+            "each K/V block meets the queries that selected it: gather q rows, write a partial and statistics for each",
             flops=2 * _kv_rows * bs * (D + DV),
             l2_bytes=_tensor(W * bs, D, DV) + _tensor(P, D, DV),
             dram_bytes=_tensor(P, D, DV) + _tensor(_read_rows, D, DV) + 4 * P + 8 * E,

@@ -46,8 +46,9 @@ _STRIDED = frozenset(("grad_out_ptr", "q_ptr", "k_ptr", "v_ptr"))
 def fuses_epilogue(meta: Meta) -> bool:
     """Whether what follows a kernel is fused into its store, or left to a kernel of its own.
 
-    As measured on an H200 (benchmarks/results/selected_h200.csv): always, but in a query-outer kernel. There the gates
-    took up to 11 % longer fused than apart; at a group of 16, 2 % longer in one problem and 2 % less in another.
+    As measured on an H200 (benchmarks/results, selected_h200.csv and selected_groups_h200.csv): always, but in a
+    query-outer kernel. There the gates took up to 11 % longer fused than apart; at a group of 16, 1 % longer in one
+    problem and 2 % less in another.
     """
     return "BLOCK_G" not in meta
 

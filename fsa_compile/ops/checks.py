@@ -110,18 +110,9 @@ def _selected_attention_forward(
     loop_order: str = "auto",
 ) -> None:
     call = _selected_call(
-        "selected_attention",
-        q,
-        k,
-        v,
-        block_indices,
-        block_size,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        loop_order,
-    )
+        "selected_attention", q, k, v, block_indices, block_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, loop_order,
+    )  # fmt: skip
     call.scale(scale)
 
 
@@ -145,18 +136,9 @@ def _selected_attention_backward(
     loop_order: str = "auto",
 ) -> None:
     call = _selected_call(
-        "selected_attention_backward",
-        q,
-        k,
-        v,
-        block_indices,
-        block_size,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        loop_order,
-    )
+        "selected_attention_backward", q, k, v, block_indices, block_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, loop_order,
+    )  # fmt: skip
     call.scale(scale)
     call.results(out, shift, log_sum)
     call.grads(grad_out, grad_log_sum)
@@ -202,18 +184,9 @@ def _compressed_attention_forward(
     max_seqlen_k: Size | None = None,
 ) -> None:
     call = _compressed_call(
-        "compressed_attention",
-        q,
-        k_cmp,
-        v_cmp,
-        kernel_size,
-        kernel_stride,
-        seq_len_k,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-    )
+        "compressed_attention", q, k_cmp, v_cmp, kernel_size, kernel_stride, seq_len_k, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip
     call.scale(scale)
 
 
@@ -237,18 +210,9 @@ def _compressed_attention_backward(
     max_seqlen_k: Size | None = None,
 ) -> None:
     call = _compressed_call(
-        "compressed_attention_backward",
-        q,
-        k_cmp,
-        v_cmp,
-        kernel_size,
-        kernel_stride,
-        seq_len_k,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-    )
+        "compressed_attention_backward", q, k_cmp, v_cmp, kernel_size, kernel_stride, seq_len_k, cu_seqlens_q,
+        cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip
     call.scale(scale)
     call.results(out, shift, log_sum)
     call.grads(grad_out, grad_log_sum)
@@ -273,18 +237,9 @@ def _select_blocks(
     max_seqlen_k: Size | None = None,
 ) -> None:
     call = _compressed_call(
-        "select_blocks",
-        q,
-        k_cmp,
-        None,
-        kernel_size,
-        kernel_stride,
-        seq_len_k,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-    )
+        "select_blocks", q, k_cmp, None, kernel_size, kernel_stride, seq_len_k, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip
     call.typed("lse", lse, ROWS, torch.float32)
     call.block_size(block_size, kernel_stride)
     call.selection(num_selected, init_blocks, local_blocks)
@@ -348,16 +303,9 @@ def _sliding_window_attention_backward(
     max_seqlen_k: Size | None = None,
 ) -> None:
     call = _sliding_call(
-        "sliding_window_attention_backward",
-        q,
-        k,
-        v,
-        window_size,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
+        "sliding_window_attention_backward", q, k, v, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k,
-    )
+    )  # fmt: skip
     call.scale(scale)
     call.results(out, shift, log_sum)
     call.grads(grad_out, grad_log_sum)

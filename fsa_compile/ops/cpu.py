@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu_bands as cpu_bands  # the other stages: importing this module registers a CPU's operators
-from .cpu_tiles import attend_precisely, sequence_slices, tile_backward, tile_forward, widen, widen_gradients
+from .cpu_tiles import (
+    TILE_MULTIPLE,
+    attend_precisely,
+    sequence_slices,
+    tile_backward,
+    tile_forward,
+    widen,
+    widen_gradients,
+)
 from .schema import impl
 
 __all__ = ["selected_attention_backward", "selected_attention_forward"]
@@ -161,7 +169,7 @@ def _tiles(problem: _Problem, start: int, stop: int) -> _Tiles:
 def _tile_rows(mean_length: float) -> int:
     """Half of a list's last tile is filling, on average: keep that at an eighth of the list."""
     size = _MAX_TILE_ROWS
-    while size > 16 and size > mean_length / 4:
+    while size > TILE_MULTIPLE and size > mean_length / 4:
         size //= 2
     return size
 

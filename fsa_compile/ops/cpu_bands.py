@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from . import dense
-from .cpu_tiles import EVEN, attend_precisely, sequence_slices, tile_backward, tile_forward, widen, widen_gradients
+from .cpu_tiles import (
+    TILE_MULTIPLE,
+    attend_precisely,
+    sequence_slices,
+    tile_backward,
+    tile_forward,
+    widen,
+    widen_gradients,
+)
 from .schema import impl
 
 __all__ = [
@@ -171,7 +179,7 @@ def _bands(q: Tensor, k: Tensor, window_size: int) -> Iterator[tuple[slice, slic
     for start in range(0, seq_len, _WINDOW_ROWS):
         stop = min(start + _WINDOW_ROWS, seq_len)
         first = offset + start - window_size + 1
-        first = max(0, first - (first - offset - stop) % EVEN)  # keys more, which the mask hides
+        first = max(0, first - (first - offset - stop) % TILE_MULTIPLE)  # keys more, which the mask hides
         shape = (stop - start, offset + stop - first, offset + start - first)  # rows, keys, the first row's own key
         if shape not in masks:
             mask = _band_mask(*shape, window_size, group_size, k.dtype)

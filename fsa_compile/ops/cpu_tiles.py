@@ -17,14 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EVEN", "attend_precisely", "sequence_slices", "tile_backward", "tile_forward", "widen", "widen_gradients"]
+__all__ = [
+    "TILE_MULTIPLE",
+    "attend_precisely",
+    "sequence_slices",
+    "tile_backward",
+    "tile_forward",
+    "widen",
+    "widen_gradients",
+]
 
 # The largest log-sum-exp that float32 is good enough for: rounding one is a relative error in all the probabilities of
 # its row, of 2e-6 at most for float32 inputs, which rounding the logits makes as well, and of 3e-5 for 16-bit ones.
 _FAR = {torch.float32: 32.0, torch.float16: 512.0, torch.bfloat16: 512.0}
 
 _LANES = 4  # widths that are no multiple of it cost a quarter
-EVEN = 16  # of rows and keys that are no multiple of it, the library multiplies the rest in another order
+TILE_MULTIPLE = 16  # of rows and keys that are no multiple of it, the library multiplies the rest in another order
 
 
 def tile_forward(
@@ -46,7 +54,7 @@ def tile_backward(
     delta and lse: [N, H, rows]. A row with `lse = inf` has no share; `lse = -inf` must not occur.
     """
     rows, keys = q.shape[2], k.shape[2]
-    more_rows, more_keys = -rows % EVEN, -keys % EVEN
+    more_rows, more_keys = -rows % TILE_MULTIPLE, -keys % TILE_MULTIPLE
     if more_rows or more_keys:  # rows without a share, and keys that the mask hides
         assert causal or mask is not None or not more_keys
         grad_out, q = (F.pad(x, (0, 0, 0, more_rows)) for x in (grad_out, q))
@@ -114,7 +122,9 @@ def widen_gradients(
 def _rowsum(a: Tensor, b: Tensor) -> Tensor:
     """`(a * b).sum(-1)`, added up as a matrix product of tiles is."""
     count = a.shape[:-1].numel()
-    x, y = (F.pad(x.reshape(count, -1), (0, 0, 0, -count % EVEN)).unflatten(0, (-1, EVEN)) for x in (a, b))
+    x, y = (
+        F.pad(x.reshape(count, -1), (0, 0, 0, -count % TILE_MULTIPLE)).unflatten(0, (-1, TILE_MULTIPLE)) for x in (a, b)
+    )
     return torch.bmm(x, y.transpose(1, 2)).diagonal(dim1=1, dim2=2).flatten()[:count].view(a.shape[:-1])
 
 
