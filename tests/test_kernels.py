@@ -15,17 +15,20 @@ import numpy
 import pytest
 import torch
 import triton
-from budget import Budget, draws, relative_error
-from calls import Call, call_of, run, upstream_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from specs import Spec, make_inputs
-from strategies import specs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fsa_compile.ops import cuda, loop_order
-from fsa_compile.templates.config import ENTRIES_PER_TILE
+from fsa_compile.ops import cuda
+from fsa_compile.templates.attention_delta import ATTENTION_DELTA
+from fsa_compile.templates.selected import KERNELS
+from fsa_compile.testing.budget import Budget, draws, relative_error
+from fsa_compile.testing.calls import Call, call_of, run, upstream_of
+from fsa_compile.testing.inputs import make_inputs
+from fsa_compile.testing.specs import Spec
+from fsa_compile.testing.strategies import specs
+from fsa_compile.tiling import ENTRIES_PER_TILE
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -65,16 +68,17 @@ class Selected(torch.autograd.Function):
         ctx: Any, order: str, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: dict[str, Any]
     ) -> Any:
         scale = options["scale"] or q.shape[3] ** -0.5
-        ctx.order, ctx.packing = order, (options.get("cu_seqlens_q"), options.get("cu_seqlens_k"))
-        ctx.sizes = (options["block_size"], scale)
-        out, shift, log_sum = cuda.forward(order, q, k, v, block_indices, *ctx.packing, *ctx.sizes)
+        names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")
+        ctx.order, ctx.seqs = order, tuple(options.get(name) for name in names)
+        ctx.sizes = {"block_size": options["block_size"], "scale": scale}
+        out, shift, log_sum = cuda.forward(order, q, k, v, block_indices, ctx.seqs, **ctx.sizes)
         ctx.save_for_backward(q, k, v, block_indices, out, shift, log_sum)
         ctx.set_materialize_grads(False)
         return out, log_sum + scale * shift
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        grads = cuda.backward(ctx.order, grad_out, grad_lse, *ctx.saved_tensors, *ctx.packing, *ctx.sizes)
+        grads = cuda.backward(ctx.order, grad_out, grad_lse, *ctx.saved_tensors, ctx.seqs, **ctx.sizes)
         return None, *grads, None, None
 
 
@@ -217,7 +221,7 @@ def test_deterministic(order: str) -> None:
 def test_opcheck_of_the_internal_operators(packed: bool) -> None:
     """Schema and fake kernel of every operator that fixes a loop order; some results are not written throughout."""
     x = make_inputs(Spec(seq_len=20, num_kv_heads=1, lengths=(5, 15) if packed else None), DEVICE)
-    fsa, checked = torch.ops.fsa, set()
+    checked = set()
 
     class Check(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -228,28 +232,28 @@ def test_opcheck_of_the_internal_operators(packed: bool) -> None:
 
     for order in ORDERS:
         with Check(), torch.no_grad():
-            results = cuda.forward(order, x.q, x.k, x.v, x.block_indices, x.cu_seqlens_q, None, 16, 0.25)
+            seqs, sizes = (x.cu_seqlens_q, None, None, None), {"block_size": 16, "scale": 0.25}
+            results = cuda.forward(order, x.q, x.k, x.v, x.block_indices, seqs, **sizes)
             grads = (results[0], results[2])
-            cuda.backward(order, *grads, x.q, x.k, x.v, x.block_indices, *results, x.cu_seqlens_q, None, 16, 0.25)
-    internal = {f"fsa::{name}" for name in dir(fsa) if name.startswith("_") and not name.startswith("__")}
-    internal &= {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fsa::_")}
-    assert len(internal) >= 10
-    assert checked == (internal if packed else internal - {"fsa::_packed_tables"})
+            cuda.backward(order, *grads, x.q, x.k, x.v, x.block_indices, *results, seqs, **sizes)
+    assert checked == {f"fsa::_{kernel.name}" for kernel in (ATTENTION_DELTA, *KERNELS)} | {"fsa::_block_lists"}
 
 
 @given(spec=specs())
 def test_lists_hold_every_visible_entry_once_in_order(spec: Spec) -> None:
     x = make_inputs(spec, "cpu")
-    tables = cuda.PackedTables.of(x.q, x.k, x.cu_seqlens_q, x.cu_seqlens_k, spec.block_size)
-    entries, tile_list, tile_offsets, list_offsets = loop_order._block_lists(
-        x.block_indices, *tables, seq_len_k=x.k.shape[1], block_size=spec.block_size
+    seqs = (x.cu_seqlens_q, x.cu_seqlens_k, None, None)
+    entries, tile_list, tile_offsets, list_offsets = torch.ops.fsa._block_lists(
+        x.block_indices, *seqs, seq_len_k=x.k.shape[1], block_size=spec.block_size
     )
     lengths = spec.lengths or (spec.seq_len,) * spec.batch
     want: dict[int, list[int]] = {}
     num_blocks = (len(list_offsets) - 1) // spec.num_kv_heads
-    row, base = 0, 0
-    for length in lengths:
+    row, first_key = 0, 0
+    for i, length in enumerate(lengths):
         length_k = length + spec.extra_keys
+        # packed, a run's blocks are numbered from where its keys start, one further for every run before
+        base = first_key // spec.block_size + i + 1 if spec.lengths else i * -(-length_k // spec.block_size)
         for t in range(length):
             for hk in range(spec.num_kv_heads):
                 for slot, block in enumerate(
@@ -259,7 +263,7 @@ def test_lists_hold_every_visible_entry_once_in_order(spec: Spec) -> None:
                         entry = (row * spec.num_kv_heads + hk) * spec.num_selected + slot
                         want.setdefault(hk * num_blocks + base + block, []).append(entry)
             row += 1
-        base += -(-length_k // spec.block_size)
+        first_key += length_k
     have = {i: entries[a:b].tolist() for i, (a, b) in enumerate(itertools.pairwise(list_offsets)) if a < b}
     assert have == want
     tiles = {i: -(-len(e) // ENTRIES_PER_TILE) for i, e in want.items()}
@@ -280,7 +284,8 @@ def test_more_than_2_31_elements(order: str) -> None:
     block_indices = torch.stack([current * 0, current], -1)[None, :, None].int()
     block_indices[..., 1].masked_fill_(block_indices[..., 1] == 0, -1)
     assert q.numel() > 2**31
-    out, shift, log_sum = cuda.forward(order, q, k, v, block_indices, None, None, 64, dim**-0.5)
+    seqs, sizes = (None,) * 4, {"block_size": 64, "scale": dim**-0.5}
+    out, shift, log_sum = cuda.forward(order, q, k, v, block_indices, seqs, **sizes)
     first, last = 64 * (seq_len // 64) - 64, seq_len
     keys = torch.cat([torch.arange(64, device="cuda"), torch.arange(first, last, device="cuda")])
     visible = keys <= torch.arange(first, last, device="cuda")[:, None]
@@ -294,7 +299,7 @@ def test_more_than_2_31_elements(order: str) -> None:
     grad_out = torch.zeros_like(out)
     grad_out[:, -1] = 1
     results = (out, shift, log_sum)
-    dq, _, dv = cuda.backward(order, grad_out, None, q, k, v, block_indices, *results, None, None, 64, dim**-0.5)
+    dq, _, dv = cuda.backward(order, grad_out, None, q, k, v, block_indices, *results, seqs, **sizes)
     assert (dq[:, :-1] == 0).all()
     assert dq[:, -1].abs().sum() > 0
     assert abs(float(dv.float().sum()) / (heads * dim) - 1) < 1e-2

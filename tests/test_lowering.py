@@ -10,20 +10,21 @@ import pytest
 import sympy
 import torch
 import triton
-from inductor_harness import Harness, backward, gated, pretend_h200
+from programs import backward, gated
 from torch import Tensor
 
 import fsa_compile
 from fsa_compile import cost, lowering
-from fsa_compile.lowering import expand, lower
+from fsa_compile.lowering import _inductor, emit, expand
 from fsa_compile.ops import cuda
+from fsa_compile.testing.fake_gpu import Harness, pretend_h200
 
 fsa = torch.ops.fsa
 ORDERS = ("fsa", "nsa")
-FORWARD_TEMPLATES = {"fsa": ["selected_fwd_kv_outer", "merge_partials"], "nsa": ["selected_fwd_query_outer"]}
+FORWARD_TEMPLATES = {"fsa": ["fwd_kv_outer", "merge_partials"], "nsa": ["fwd_query_outer"]}
 BACKWARD_TEMPLATES = {
-    "fsa": ["selected_bwd_kv_outer", "sum_partials", "reduce_tiles"],
-    "nsa": ["selected_bwd_kv_outer", "selected_bwd_query_outer", "reduce_tiles"],
+    "fsa": ["bwd_kv_outer", "sum_partials", "reduce_tiles"],
+    "nsa": ["bwd_kv_outer", "bwd_query_outer", "reduce_tiles"],
 }
 
 
@@ -41,13 +42,9 @@ def kernels_of(code: str) -> dict[str, str]:
 
 def templates_of(code: str) -> list[str]:
     """The package's templates in the emitted code, in order."""
-    found = [re.findall(r"import (\w+)_(?:tile|step)\b", source) for source in kernels_of(code).values()]
-    return [names[-1] for names in map(_own, found) if names]
-
-
-def _own(names: list[str]) -> list[str]:
-    # Every shell's own function is named after its module; load_tile and the like are shared.
-    return [n for n in names if n.startswith(("selected_", "merge_", "sum_", "reduce_"))]
+    # A template names what its kernel's own module names.
+    found = [re.findall(r"from fsa_compile\.templates\.\w+\.(\w+) import", x) for x in kernels_of(code).values()]
+    return [names[0] for names in ([n for n in one if n != "sizes"] for one in found) if names]
 
 
 def called_operators(code: str) -> set[str]:
@@ -86,14 +83,14 @@ def backward_order(tensors: list[Tensor]) -> list[Tensor]:
 def test_forward_is_templates_with_the_gates_in_the_last_one(
     monkeypatch: pytest.MonkeyPatch, order: str, dynamic: bool, packed: bool
 ) -> None:
-    monkeypatch.setattr(lower, "fuses_epilogue", lambda meta: True)
+    monkeypatch.setattr(_inductor, "forbid_fusion", lambda x: None)
     harness = Harness()
     code = harness.emit(gated(order), *fakes(harness, dynamic=dynamic, packed=packed))
     assert templates_of(code) == FORWARD_TEMPLATES[order]
     kernels = list(kernels_of(code).values())
     assert len(kernels) == len(FORWARD_TEMPLATES[order]), "the gates have a kernel of their own"
     assert kernels[-1].count("sigmoid") == 3
-    assert called_operators(code) <= {"_block_lists", "_packed_tables"}
+    assert called_operators(code) <= {"_block_lists"}
     _assert_no_size_is_fixed(harness)
     if dynamic:
         assert "ks0" in kernels[-1]
@@ -107,7 +104,7 @@ def test_backward_is_templates(order: str, dynamic: bool, packed: bool) -> None:
     harness = Harness()
     code = harness.emit(backward(order), *backward_order(fakes(harness, dynamic=dynamic, packed=packed)))
     assert sorted(templates_of(code)) == sorted(BACKWARD_TEMPLATES[order])
-    assert called_operators(code) <= {"_block_lists", "_packed_tables"}
+    assert called_operators(code) <= {"_block_lists"}
     _assert_no_size_is_fixed(harness)
 
 
@@ -175,7 +172,7 @@ def test_views_of_one_projection_are_read_where_they_lie() -> None:
     kernels = list(kernels_of(code).values())
     assert len(kernels) == 2, "a copy was made"
     assert re.search(r"k_ptr = arg_\w+ \+ 512\n", kernels[1])
-    assert f"{512 * 12 * 64}, {12 * 64}, 64," in kernels[1]
+    assert f"({512 * 12 * 64}, {12 * 64}, 64)" in kernels[1]
 
 
 def test_an_innermost_stride_other_than_one_is_copied() -> None:
@@ -187,7 +184,7 @@ def test_an_innermost_stride_other_than_one_is_copied() -> None:
     _, k, v, block_indices = fakes(harness)[:4]
     wide = harness.tensor(1, 1024, 8, 128)
     code = harness.emit(fn, wide, k, v, block_indices)
-    assert templates_of(code) == ["selected_fwd_query_outer"]
+    assert templates_of(code) == ["fwd_query_outer"]
     assert len(kernels_of(code)) == 2
 
 
@@ -258,7 +255,6 @@ def test_forward_and_backward_share_lists_and_order() -> None:
     assert harness.graph is not None
     targets = [str(n.target) for n in harness.graph.nodes]
     assert targets.count("fsa._block_lists.default") == 1
-    assert targets.count("fsa._packed_tables.default") == 1
     problem = cost.Problem(1, 32768, 32768, 2, 1, 64, 64, 64, 16, 2)
     choice = cost.choose(problem, cost.DEVICES["H200"], training=True)
     assert [s.loop_order for s in sites] == [choice.order] * 2
@@ -287,7 +283,7 @@ def test_a_failing_template_calls_the_operator(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("broken on purpose")
 
-    monkeypatch.setattr(lower, "_template", broken)
+    monkeypatch.setattr(emit, "_template", broken)
     harness = Harness()
     code = harness.emit(gated("fsa"), *fakes(harness))
     assert called_operators(code) == {"_block_lists", "_selected_fwd_kv_outer", "_merge_partials"}

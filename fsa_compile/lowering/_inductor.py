@@ -34,7 +34,6 @@ __all__ = [
     "set_slot_default",
     "slot_passes",
     "slot_takes_sequence",
-    "static_int",
     "view",
 ]
 
@@ -166,12 +165,23 @@ def to_float(x: Any) -> Any:
     return lowering.to_dtype(x, torch.float32)
 
 
-def floor_divide(a: Any, b: int) -> Any:
-    """``a // b`` of symbolic sizes."""
-    import sympy
-    from torch.utils._sympy.functions import FloorDiv
+def current_node() -> torch.fx.Node:
+    """The node that is being lowered."""
+    from torch._inductor.virtualized import V
 
-    return FloorDiv(sympy.expand(a), b)
+    return V.graph.current_node
+
+
+def fake_mode() -> Any:
+    """The mode of the graph's fake tensors."""
+    from torch._inductor.virtualized import V
+
+    return V.fake_mode
+
+
+def expression(size: Any) -> Any:
+    """An int or SymInt as Inductor's expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def forbid_fusion(x: Any) -> None:
@@ -186,13 +196,6 @@ def statically_less(a: Any, b: int) -> bool:
     from torch._inductor.virtualized import V
 
     return bool(V.graph.sizevars.statically_known_lt(a, b))
-
-
-def static_int(expr: Any) -> int:
-    """A size that code depends on, guarded."""
-    from torch._inductor.virtualized import V
-
-    return V.graph.sizevars.guard_int(expr)
 
 
 def optimization_hint(expr: Any, fallback: int) -> int:
@@ -234,31 +237,18 @@ def _kernel_type(imports: str) -> type:
             # Type of the dynamic sizes. Strides are products of them, and may pass 2**31 where no size does.
             return "tl.int64"
 
-        def render(self, *args: Any, **kwargs: Any) -> Any:
-            self._register_extra_template_env_fns(self.call_size, self.call_length, self.length)
-            return super().render(*args, **kwargs)
+        def render(self, template: Any, kwargs: dict[str, Any], *args: Any) -> Any:
+            self._numbers_from = kwargs.get("NUMBERS_FROM", 0)
+            self._register_extra_template_env_fns(self.number)
+            return super().render(template, kwargs, *args)
 
-        def _code(self, size: Any) -> str:
+        def number(self, index: int) -> str:
+            """Hook of the shells: a run-time number, out of the choice's ``call_sizes`` behind the grid's."""
             from torch._inductor.codegen.triton import texpr
 
-            return texpr(self.rename_indexing(sympify(size)))
-
-        def _int32(self, size: Any) -> str:
-            code = self._code(size)
-            return code if code.isdecimal() else f"({code}).to(tl.int32)"
-
-        def call_size(self, index: int) -> str:
-            """Hook of the shells: a size that no input has, from the choice's ``call_sizes``."""
-            return self._code(self.call_sizes[index])
-
-        def call_length(self, index: int) -> str:
-            """The same for a sequence length, which fits 32 bits."""
-            return self._int32(self.call_sizes[index])
-
-        def length(self, name: str | None, index: int) -> str:
-            """Hook of the shells: a sequence length, out of the shape of an input or (None) of the output."""
-            node = self.output_node if name is None else self.named_input_nodes[name]
-            return self._int32(node.get_size()[index])
+            code = texpr(self.rename_indexing(sympify(self.call_sizes[self._numbers_from + index])))
+            # lengths fit 32 bits
+            return f"tl.full([], {code}, tl.int32)" if code.isdecimal() else f"({code}).to(tl.int32)"
 
     return PackageTemplateKernel
 

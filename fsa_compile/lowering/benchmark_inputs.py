@@ -8,99 +8,81 @@ from typing import Any
 
 import torch
 
+from ..templates.kernel import Plan
+from ..templates.sequences import Sequences
 from . import _inductor
 
-__all__ = ["BenchmarkInputs", "TileInputs"]
+__all__ = ["generators"]
 
 # Assumed for a size without a hint; every tensor of one call then agrees with the others.
 _UNKNOWN = 4096
 
 
-class BenchmarkInputs:
-    """Generators of the index inputs of one kernel: uniformly drawn causal blocks, equally long packed sequences."""
+def _hint(size: Any) -> int:
+    return _inductor.optimization_hint(_inductor.expression(size), _UNKNOWN)
 
-    def __init__(
-        self, block_indices: Any, seq_len_k: Any, block_size: int, cu_seqlens: Any, device: torch.device
-    ) -> None:
-        self._shape = [_inductor.optimization_hint(size, _UNKNOWN) for size in block_indices.get_size()]
-        self._seq_len_k = _inductor.optimization_hint(seq_len_k, _UNKNOWN)
-        self._block_size = block_size
-        self._num_seqs = 0
-        if cu_seqlens is not None:
-            self._num_seqs = _inductor.optimization_hint(cu_seqlens.get_size()[0], 2) - 1
-        self._device = device
+
+class _Made:
+    """Index tensors of one plan that agree with each other: equally long sequences, uniformly drawn causal blocks."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.seqs: Sequences | None = plan.inputs.get("seqs")
+        self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def bounds(self, total: int, count: int) -> torch.Tensor:
+        bounds = [i * total // max(1, count - 1) for i in range(count)]
+        return torch.tensor(bounds, dtype=torch.int32, device=self.device)
 
     @functools.cached_property
-    def _tensors(self) -> dict[str, torch.Tensor | None]:
-        seq_len, num_seqs, device = self._shape[1], self._num_seqs, self._device
-        tables: dict[str, torch.Tensor | None] = dict.fromkeys(_TABLES)
-        pos = torch.arange(seq_len, device=device)
-        if num_seqs:
-            for name, total in (("cu_seqlens_q_ptr", seq_len), ("cu_seqlens_k_ptr", self._seq_len_k)):
-                bounds = [i * total // num_seqs for i in range(num_seqs + 1)]
-                tables[name] = torch.tensor(bounds, dtype=torch.int32, device=device)
-            cu_seqlens_q = tables["cu_seqlens_q_ptr"]
-            made = torch.ops.fsa._packed_tables(
-                cu_seqlens_q,
-                tables["cu_seqlens_k_ptr"],
-                total_q=seq_len,
-                total_k=self._seq_len_k,
-                block_size=self._block_size,
-            )
-            tables.update(zip(_TABLES[2:], made, strict=True))
-            assert cu_seqlens_q is not None
-            pos = pos - cu_seqlens_q[made[0]]
-        else:
-            pos = pos + (self._seq_len_k - seq_len)
-        last = (pos // self._block_size).view(1, -1, 1, 1)
-        generator = torch.Generator(device).manual_seed(0)  # the user's own must not notice
-        draws = torch.rand(self._shape, device=device, generator=generator) * (last + 1)
-        block_indices = draws.to(torch.int32).minimum(last.to(torch.int32))
-        lists = torch.ops.fsa._block_lists(
-            block_indices, *tables.values(), seq_len_k=self._seq_len_k, block_size=self._block_size
+    def runs(self) -> tuple[torch.Tensor | None, ...]:
+        """cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k."""
+        if self.seqs is None:
+            return (None,) * 4
+        s = self.seqs
+        count, batch = _hint(s.num_seqs), _hint(s.num_seqs)
+        rows, keys = _hint(s.seq_len), _hint(s.seq_len_k)
+        return (
+            None if s.cu_seqlens_q is None else self.bounds(rows, count + 1),
+            None if s.cu_seqlens_k is None else self.bounds(keys, count + 1),
+            None if s.seqused_k is None else torch.full((batch,), keys, dtype=torch.int32, device=self.device),
+            None if s.leftpad_k is None else torch.zeros(batch, dtype=torch.int32, device=self.device),
         )
-        return {"block_indices_ptr": block_indices, **tables, **dict(zip(_LISTS, lists, strict=True))}
 
-    def generators(self, names: list[str]) -> dict[int, Callable[[Any], torch.Tensor]]:
-        """``input_gen_fns`` for a shell whose inputs are called ``names``."""
-        known = {"block_indices_ptr", *_TABLES, *_LISTS}
-        return {i: functools.partial(self._one, name) for i, name in enumerate(names) if name in known}
+    @functools.cached_property
+    def block_indices(self) -> torch.Tensor:
+        shape = [_hint(size) for size in self.plan.inputs["block_indices"].tensor.shape]
+        assert self.seqs is not None
+        offset = _hint(self.seqs.seq_len_k) - shape[1]
+        pos = torch.arange(shape[1], device=self.device) + max(0, offset)
+        if self.runs[0] is not None:
+            pos = pos % max(1, shape[1] // max(1, len(self.runs[0]) - 1))
+        last = (pos // self.plan.sizes.BLOCK_SIZE).view(1, -1, 1, 1)
+        generator = torch.Generator(self.device).manual_seed(0)  # the user's own must not notice
+        draws = torch.rand(shape, device=self.device, generator=generator) * (last + 1)
+        return draws.to(torch.int32).minimum(last.to(torch.int32))
 
-    def _one(self, name: str, _: Any) -> torch.Tensor:
-        tensor = self._tensors[name]
-        assert tensor is not None
-        return tensor
+    @functools.cached_property
+    def lists(self) -> tuple[torch.Tensor, ...]:
+        assert self.seqs is not None
+        keys, size = _hint(self.seqs.seq_len_k), self.plan.sizes.BLOCK_SIZE
+        return torch.ops.fsa._block_lists(self.block_indices, *self.runs, seq_len_k=keys, block_size=size)
+
+    def tile_offsets(self) -> torch.Tensor:
+        """Equally long lists."""
+        count = _hint(self.plan.inputs["tile_offsets"].tensor.shape[0])
+        return self.bounds(_hint(self.plan.inputs["tiles"].tensor.shape[0]), count)
 
 
-_TABLES = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seq_ids_ptr", "block_base_ptr", "block_seq_ids_ptr")
-_LISTS = ("entries_ptr", "tile_list_ptr", "tile_offsets_ptr", "list_offsets_ptr")
-
-
-class TileInputs:
-    """The same for the sum of a list's tiles: equally long lists, sequences and so on."""
-
-    def __init__(self, tiles: Any, like: Any, cu_seqlens_k: Any, block_size: int) -> None:
-        self._num_tiles = _inductor.optimization_hint(tiles.get_size()[0], _UNKNOWN)
-        self._total_k = _inductor.optimization_hint(like.get_size()[1], _UNKNOWN)
-        self._packed = cu_seqlens_k is not None
-        self._num_seqs = _inductor.optimization_hint(cu_seqlens_k.get_size()[0], 2) - 1 if self._packed else 0
-        self._block_size = block_size
-
-    def generators(self, names: list[str]) -> dict[int, Callable[[Any], torch.Tensor]]:
-        """``input_gen_fns`` for a shell whose inputs are called ``names``."""
-        makers = {
-            "tile_offsets_ptr": lambda x: self._bounds(x, self._num_tiles),
-            "cu_seqlens_k_ptr": lambda x: self._bounds(x, self._total_k),
-            "block_base_ptr": lambda x: self._bounds(x, self._total_k // self._block_size),
-            "block_seq_ids_ptr": self._block_seq_ids,
-        }
-        return {i: makers[name] for i, name in enumerate(names) if name in makers}
-
-    def _bounds(self, x: Any, total: int) -> torch.Tensor:
-        count = _inductor.optimization_hint(x.get_size()[0], 2) - 1
-        return torch.arange(count + 1, device=x.get_device()).mul_(total).floor_divide_(count).to(torch.int32)
-
-    def _block_seq_ids(self, x: Any) -> torch.Tensor:
-        count = _inductor.optimization_hint(x.get_size()[0], 2)
-        ids = torch.arange(count, device=x.get_device()).mul_(self._num_seqs).floor_divide_(count)
-        return ids.to(torch.int32)
+def generators(plan: Plan, names: list[str]) -> dict[int, Callable[[Any], torch.Tensor]]:
+    """``input_gen_fns`` for a template whose inputs are called ``names``."""
+    made = _Made(plan)
+    makers: dict[str, Callable[[], Any]] = {
+        "block_indices_ptr": lambda: made.block_indices,
+        "tile_offsets_ptr": made.tile_offsets,
+    }
+    for i, name in enumerate(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")):
+        makers[f"seqs_{name}_ptr"] = lambda i=i: made.runs[i]
+    for i, name in enumerate(("entries", "tile_list", "tile_offsets", "list_offsets")):
+        makers[f"lists_{name}_ptr"] = lambda i=i: made.lists[i]
+    return {i: (lambda _, make=makers[name]: make()) for i, name in enumerate(names) if name in makers}

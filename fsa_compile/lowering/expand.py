@@ -34,6 +34,7 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 # Facts about the replaced call itself, wrong for the calls that replace it.
 _OWN_META = frozenset(("val", "tensor_meta", "eager_input_vals", "example_value"))
 _UNUSED = frozenset(("max_seqlen_q", "max_seqlen_k", "loop_order"))
+_SEQS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")
 _MADE = "fsa_compile"
 _MUST_KEEP = frozenset(("MUST_SAVE", "PREFER_SAVE"))
 
@@ -156,10 +157,11 @@ class _Expansion:
             return _site(node, False, reason="its results are used as one tuple")
         choice = self._choose(bound)
         from ..ops import cuda  # only now: they need Triton, which a CPU does not
-        from . import lower
+        from . import emit
 
-        lower.register()
+        emit.register()
         arguments = {name: x for name, x in bound.items() if name not in _UNUSED}
+        arguments["seqs"] = tuple(arguments.pop(name, None) for name in _SEQS)
         if arguments["scale"] is None:
             arguments["scale"] = int(q.shape[3]) ** -0.5
         sequence = getattr(cuda, _sequences()[node.target])

@@ -20,7 +20,7 @@ from .expand import expand_graph, semantic_operators
 
 __all__ = ["FsaPass", "PASS", "PassChain", "disable", "enable", "is_enabled", "source_hash", "warn_if_replaced"]
 
-_SOURCES = ("*.py", "*.jinja")
+_SOURCES = ("*.py", "*.json")
 
 
 @functools.cache

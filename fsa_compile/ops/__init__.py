@@ -13,4 +13,4 @@ from . import schema as schema
 
 if importlib.util.find_spec("triton") is not None:  # where there is no Triton (macOS), the CPU still works
     from . import cuda as cuda
-    from . import loop_order as loop_order
+    from . import block_lists as block_lists

@@ -1,8 +1,10 @@
-"""Device functions shared by every kernel of the selected branch.
+"""Device functions shared by the kernels.
 
 Rows of the flattened query axis are numbered ``n = b * seq_len + t`` (batched) or by token (packed). An *entry* is one
 (row, key/value head, slot) of ``block_indices``, numbered in row-major order. Offsets that can pass 2**31 are int64.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,31 +13,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
-def sequence_of(n, seq_len, seq_len_k, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seq_ids_ptr, PACKED: tl.constexpr):
-    """The sequence that row ``n`` (scalar or tile) belongs to.
+class Statistics(NamedTuple):
+    """What a backward knows of the rows, float32 ``[B, T, HQ]`` each: softmax statistics and delta."""
 
-    Returns ``(b, first_row, first_pos, first_key, len_k)``: the batch index; ``t = n - first_row`` on the time axis;
-    the position ``pos = n - first_pos`` among the sequence's keys; the key row at which the sequence starts; how many
-    keys it has.
-    """
-    if PACKED:
-        seq = tl.load(seq_ids_ptr + n)
-        first_query = tl.load(cu_seqlens_q_ptr + seq)
-        last_query = tl.load(cu_seqlens_q_ptr + seq + 1)
-        first_key = tl.load(cu_seqlens_k_ptr + seq)
-        last_key = tl.load(cu_seqlens_k_ptr + seq + 1)
-        len_k = last_key - first_key
-        b = seq * 0
-        first_row = seq * 0
-        first_pos = first_query - (len_k - (last_query - first_query))
-    else:
-        b = n // seq_len
-        first_row = b * seq_len
-        first_pos = first_row - (seq_len_k - seq_len)
-        first_key = b * 0
-        len_k = b * 0 + seq_len_k
-    return b, first_row, first_pos, first_key, len_k
+    shift: Any
+    log_sum: Any
+    delta: Any
+
+
+@triton.jit
+def load_statistics(rows: Statistics, row, exists):
+    """Statistics of the rows numbered ``row``; of those that do not exist, what gives probability 0."""
+    shift = tl.load(rows.shift + row, mask=exists, other=0.0)
+    log_sum = tl.load(rows.log_sum + row, mask=exists, other=float("-inf"))
+    return shift, log_sum, tl.load(rows.delta + row, mask=exists, other=0.0)
 
 
 @triton.jit
@@ -115,3 +106,23 @@ def probabilities(scores, visible, shift, log_sum, scale):
 def log_or_none(row_sum):
     """Natural logarithm of a row's sum; ``-inf`` for a row with no visible key."""
     return tl.where(row_sum > 0, tl.log2(tl.where(row_sum > 0, row_sum, 1.0)) * LN2, float("-inf"))
+
+
+@triton.jit
+def store_output(ptr, indices, strides, value, mask, SHAPE: tl.constexpr):
+    """Store a kernel's main result: element ``value[i, j]`` at ``indices`` (one per axis, each broadcasting to SHAPE).
+
+    Under Inductor this very call becomes the template's store, with the epilogue behind it, and the output's own
+    strides are taken. The last axis is dense.
+    """
+    offset = 0
+    for axis in tl.static_range(len(strides)):
+        offset += indices[axis].to(tl.int64) * strides[axis]
+    tl.store(ptr + (offset + indices[len(strides)]), value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dense_strides(seq_len, num_heads, width):
+    """Strides of batch, time and head of a dense ``[B, T, H, W]`` tensor, the first two in 64 bits."""
+    row = tl.zeros([], tl.int64) + num_heads * width
+    return row * seq_len, row, width

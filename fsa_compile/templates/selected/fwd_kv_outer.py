@@ -1,0 +1,105 @@
+"""FSA loop order, forward: one program per tile of a block's list and chunk of the block serves the rows listed.
+
+Every partial carries its own softmax statistics, so no statistics pass has to run first and the merge is exact for
+every row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...tiling import Config, Device
+from ..kernel import SEQUENCES, Kernel, Output, Plan, sequences
+from ..sequences import Rows, Sequences
+from ..tiles import dot, exp_scaled, finite_max, store_output
+from .lists import chunk_keys, list_rows, list_tile, load_chunk, load_rows
+from .sizes import LISTS, Lists, SelectedSizes, attention_inputs, list_inputs, spread, warps
+
+
+@triton.jit
+def attend_chunk(q, k, v, keys, pos, scale):
+    """Attention of BLOCK_M rows over the keys of one chunk, with a softmax of its own.
+
+    Returns float32 ``(out [BLOCK_M, BLOCK_DV], row_max [BLOCK_M], row_sum [BLOCK_M])``: the normalised output, the
+    largest score before scaling and the sum of ``exp(scale * (score - row_max))``; a row that sees no key of the chunk
+    has 0, ``-inf`` and 0.
+    """
+    visible = keys[None, :] <= pos[:, None]
+    scores = tl.where(visible, dot(q, tl.trans(k)), float("-inf"))  # [BLOCK_M, BLOCK_N]
+    row_max = tl.max(scores, 1)
+    p = exp_scaled(scores, finite_max(row_max)[:, None], scale)
+    row_sum = tl.sum(p, 1)
+    out = dot(p.to(v.dtype), v) / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    return out, row_max, row_sum
+
+
+@triton.jit
+def store_stats(partial_stats, partial, valid, row_max, row_sum):
+    """Keep maximum and sum apart: one log-sum-exp, rounded at 1e4, would lose the weights between partials."""
+    tl.store(partial_stats + partial * 2, row_max, mask=valid)
+    tl.store(partial_stats + partial * 2 + 1, row_sum, mask=valid)
+
+
+@triton.jit
+def selected_fwd_kv_outer_kernel(
+    q: Rows, k: Rows, v: Rows, block_indices, lists: Lists, partial_out, partial_stats, seqs: Sequences, scale,
+    SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(1)
+    first, last, block, hk, run = list_tile(tl.program_id(0), block_indices, lists, seqs, SIZES)
+    keys, exists = chunk_keys(block, chunk, run.num_keys, first < last, SIZES)
+    k_chunk = load_chunk(k, run, hk, keys, exists, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+    v_chunk = load_chunk(v, run, hk, keys, exists, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+    cols = tl.arange(0, SIZES.BLOCK_DV)[None, :]
+    for m in range(tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M)):
+        valid, n, t, pos, g, partial = list_rows(lists.entries, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
+        rows = load_rows(q, run.b, hk, t, g, valid, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+        out, row_max, row_sum = attend_chunk(rows, k_chunk, v_chunk, keys, pos, scale)
+        store_stats(partial_stats, partial, valid, row_max, row_sum)
+        mask = valid[:, None] & (cols < SIZES.HEAD_DIM_V)
+        store_output(partial_out, (partial[:, None], cols), (SIZES.HEAD_DIM_V,), out, mask, (BLOCK_M, SIZES.BLOCK_DV))
+
+
+def plan(q: Any, k: Any, v: Any, block_indices: Any, *lists_and_seqs: Any, block_size: int, scale: float) -> Plan:
+    """Partials ``[B, T, HK, S, C, G, DV]`` and their statistics ``[..., 2]``, where a slot's block is visible."""
+    sizes = SelectedSizes.of_call(q, k, v, block_indices, block_size)
+    shape = (*block_indices.shape, sizes.NUM_CHUNKS, sizes.GROUP)
+    return Plan(
+        attention_inputs(q, k, v, block_indices)
+        | list_inputs(lists_and_seqs[:4])
+        | {"seqs": sequences(q, k.shape[1], lists_and_seqs[4:]), "scale": scale},
+        {
+            "partial_out": Output((*shape, sizes.HEAD_DIM_V), q.dtype),
+            "partial_stats": Output((*shape, 2), torch.float32),
+        },
+        sizes,
+        (lists_and_seqs[1].shape[0], sizes.NUM_CHUNKS),
+    )
+
+
+def grid(extent: tuple[Any, ...], tiles: dict[str, Any], cdiv: Any) -> tuple[Any, Any, Any]:
+    """One program per tile of a list and chunk of its block."""
+    return extent[0], extent[1], 1
+
+
+def heuristic(sizes: SelectedSizes, device: Device) -> Config:
+    """As measured on an H200."""
+    block_m = 16 if sizes.row_bytes > 512 else 32 if sizes.row_bytes > 256 or sizes.ITEMSIZE == 4 else 64
+    return Config({"BLOCK_M": block_m}, warps(sizes, 4, device), 1)
+
+
+def candidates(sizes: SelectedSizes, device: Device) -> list[Config]:
+    """What is worth measuring."""
+    return spread(heuristic(sizes, device), {"BLOCK_M": [64, 128]}, (4, 8), (1, 2, 3))
+
+
+FWD_KV_OUTER = Kernel(
+    selected_fwd_kv_outer_kernel,
+    f"_selected_fwd_kv_outer(Tensor q, Tensor k, Tensor v, Tensor block_indices, {LISTS}, {SEQUENCES}, *, "
+    "int block_size, float scale) -> (Tensor partial_out, Tensor partial_stats)",
+    plan, grid, heuristic, candidates,
+)  # fmt: skip

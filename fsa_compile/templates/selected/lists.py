@@ -1,0 +1,93 @@
+"""Device functions of the KV-outer kernels: walking the per-block lists of the rows that chose a block."""
+
+import triton
+import triton.language as tl
+
+from ..sequences import Rows, Run, Sequences, run_of_row
+from ..tiles import load_tile
+from .sizes import Lists
+
+# Partials of a row up to which their loop is unrolled.
+MAX_UNROLLED = tl.constexpr(64)
+
+
+@triton.jit
+def list_tile(w, block_indices, lists: Lists, seqs: Sequences, SIZES: tl.constexpr):
+    """Which entries tile ``w`` holds and which block they chose; the tile's first entry tells everything else.
+
+    Returns ``(first, last, block, hk, run)``. ``first == last`` for the unused tiles at the end, whose other values
+    are harmless to compute with.
+    """
+    block_list = tl.load(lists.tile_list + w)
+    used = block_list >= 0
+    block_list = tl.where(used, block_list, 0)
+    first = tl.load(lists.list_offsets + block_list)
+    last = tl.load(lists.list_offsets + block_list + 1)
+    first += (w - tl.load(lists.tile_offsets + block_list)) * SIZES.ENTRIES_PER_TILE
+    last = tl.minimum(last, first + SIZES.ENTRIES_PER_TILE)
+    first = tl.where(used, first, 0)
+    last = tl.where(used, last, 0)
+    entry = tl.load(lists.entries + first, mask=used, other=0)
+    block = tl.load(block_indices + entry, mask=used, other=0)
+    hk = ((entry // SIZES.NUM_SELECTED) % SIZES.NUM_KV_HEADS).to(tl.int32)
+    n = (entry // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)).to(tl.int32)
+    run, _ = run_of_row(seqs, n)
+    return first, last, block, hk, run
+
+
+@triton.jit
+def list_rows(entries, first, last, m, chunk, run: Run, seqs: Sequences, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The ``m``-th BLOCK_M rows of a tile. A row is one query head of one entry, so that a group's heads go together.
+
+    Returns ``(valid, n, t, pos, g, partial)``: whether the row exists, its query row, its place on the time axis, its
+    position, its head within the group, its partial's row.
+    """
+    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = first + row // SIZES.GROUP
+    valid = place < last
+    g = row % SIZES.GROUP
+    entry = tl.load(entries + place, mask=valid, other=0)
+    n = (entry // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)).to(tl.int32)
+    t = n
+    if seqs.cu_seqlens_q is None:
+        t -= run.b * seqs.seq_len
+    partial = (entry.to(tl.int64) * SIZES.NUM_CHUNKS + chunk) * SIZES.GROUP + g
+    return valid, n, t, run.offset + t - run.first_row, g, partial
+
+
+@triton.jit
+def chunk_keys(block, chunk, num_keys, used, SIZES: tl.constexpr):
+    """Positions of a chunk's keys and which of them exist."""  # [BLOCK_N]
+    keys = block * SIZES.BLOCK_SIZE + chunk * SIZES.BLOCK_N + tl.arange(0, SIZES.BLOCK_N)
+    return keys, keys < tl.where(used, num_keys, 0)
+
+
+@triton.jit
+def load_chunk(x: Rows, run: Run, hk, keys, exists, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """A chunk's rows of k or v."""  # [BLOCK_N, BLOCK_W]
+    base = x.ptr + run.b.to(tl.int64) * x.strides[0] + hk.to(tl.int64) * x.strides[2]
+    return load_tile(base, (run.first_key + keys).to(tl.int64) * x.strides[1], exists, WIDTH, BLOCK_W)
+
+
+@triton.jit
+def load_rows(x: Rows, b, hk, t, g, valid, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Query rows ``t`` and heads ``g`` of a group, of a ``[B, T, HQ, W]`` tensor."""  # [BLOCK_M, BLOCK_W]
+    base = x.ptr + b.to(tl.int64) * x.strides[0] + hk.to(tl.int64) * (GROUP * x.strides[2])
+    return load_tile(base, t.to(tl.int64) * x.strides[1] + g * x.strides[2], valid, WIDTH, BLOCK_W)
+
+
+@triton.jit
+def partial_slots(rows, num_rows, seqs: Sequences, SIZES: tl.constexpr):
+    """Where the slots of output rows (one query head each, int32) lie.
+
+    Returns ``(exists, pos, slots, g, b, t, h)``: whether a row exists, its position, its first entry (int64), its
+    head within the group; and its place in the output. Rows are int32, as a 64-bit division takes as long as a row's
+    loads.
+    """
+    exists = rows < num_rows
+    rows = tl.where(exists, rows, 0)
+    n = rows // (SIZES.NUM_KV_HEADS * SIZES.GROUP)
+    h = rows - n * (SIZES.NUM_KV_HEADS * SIZES.GROUP)
+    run, t = run_of_row(seqs, n)
+    pos = tl.where(run.num_keys > 0, run.offset + t - run.first_row, -1)
+    return exists, pos, (rows // SIZES.GROUP).to(tl.int64) * SIZES.NUM_SELECTED, h % SIZES.GROUP, run.b, t, h

@@ -1,0 +1,130 @@
+"""FSA loop order, forward, second step: merge a row's partials by their softmax statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...tiling import Config, Device, next_power_of_2
+from ..kernel import SEQUENCES, Dense, Kernel, Output, Plan, sequences
+from ..sequences import Sequences
+from ..tiles import dense_strides, exp_scaled, finite_max, is_visible, load_tile, log_or_none, store_output
+from .lists import MAX_UNROLLED, partial_slots
+from .sizes import SelectedSizes, spread
+
+
+@triton.jit
+def weighted_partial(
+    partial_out, partial_stats, block_indices, exists, pos, slots, g, i, shift, total, scale, SIZES: tl.constexpr
+):
+    """What each row's ``i``-th partial adds to its output."""  # [BLOCK_R, BLOCK_DV]
+    block = tl.load(block_indices + slots + i // SIZES.NUM_CHUNKS)
+    seen = exists & is_visible(block, pos, SIZES.BLOCK_SIZE)
+    partial = (slots * SIZES.NUM_CHUNKS + i) * SIZES.GROUP + g
+    part_max = tl.load(partial_stats + partial * 2, mask=seen, other=float("-inf"))
+    part_sum = tl.load(partial_stats + partial * 2 + 1, mask=seen, other=0.0)
+    out = load_tile(partial_out, partial * SIZES.HEAD_DIM_V, seen, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+    return (part_sum * exp_scaled(part_max, shift, scale) / total)[:, None] * out.to(tl.float32)
+
+
+@triton.jit
+def merge_partials_tile(
+    partial_out, partial_stats, block_indices, exists, pos, slots, g, scale,
+    SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Merged attention of BLOCK_R output rows: float32 ``(out [BLOCK_R, BLOCK_DV], shift, log_sum)``.
+
+    A slot whose block is not visible was never written, so its partial is not read.
+    """
+    NUM_PARTIALS: tl.constexpr = SIZES.NUM_SELECTED * SIZES.NUM_CHUNKS
+    slot = tl.arange(0, BLOCK_S)[None, :]
+    block = tl.load(block_indices + slots[:, None] + slot // SIZES.NUM_CHUNKS, mask=slot < NUM_PARTIALS, other=-1)
+    seen = exists[:, None] & is_visible(block, pos[:, None], SIZES.BLOCK_SIZE)  # [BLOCK_R, BLOCK_S]
+    stats = partial_stats + ((slots[:, None] * SIZES.NUM_CHUNKS + slot) * SIZES.GROUP + g[:, None]) * 2
+    part_max = tl.load(stats, mask=seen, other=float("-inf"))
+    part_sum = tl.load(stats + 1, mask=seen, other=0.0)
+    row_max = tl.max(part_max, 1)
+    shift = finite_max(row_max)
+    row_sum = tl.sum(part_sum * exp_scaled(part_max, shift[:, None], scale), 1)
+    total = tl.where(row_sum > 0, row_sum, 1.0)
+    acc = tl.zeros([BLOCK_R, SIZES.BLOCK_DV], tl.float32)
+    if NUM_PARTIALS <= MAX_UNROLLED:  # so that the loads of all slots are in flight together
+        for i in tl.static_range(NUM_PARTIALS):
+            acc += weighted_partial(
+                partial_out, partial_stats, block_indices, exists, pos, slots, g, i, shift, total, scale, SIZES
+            )
+    else:
+        for i in range(NUM_PARTIALS):
+            acc += weighted_partial(
+                partial_out, partial_stats, block_indices, exists, pos, slots, g, i, shift, total, scale, SIZES
+            )
+    return acc, shift, log_or_none(row_sum)
+
+
+@triton.jit
+def merge_partials_kernel(
+    partial_out, partial_stats, block_indices, out, shift, log_sum, num_rows, seqs: Sequences, scale,
+    SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    exists, pos, slots, g, b, t, h = partial_slots(rows, num_rows, seqs, SIZES)
+    value, row_shift, row_log_sum = merge_partials_tile(
+        partial_out, partial_stats, block_indices, exists, pos, slots, g, scale, SIZES, BLOCK_R, BLOCK_S
+    )
+    tl.store(shift + rows, row_shift, mask=rows < num_rows)
+    tl.store(log_sum + rows, row_log_sum, mask=rows < num_rows)
+    cols = tl.arange(0, SIZES.BLOCK_DV)[None, :]
+    mask = (rows < num_rows)[:, None] & (cols < SIZES.HEAD_DIM_V)
+    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
+    store_output(out, (b[:, None], t[:, None], h[:, None], cols), strides, value, mask, (BLOCK_R, SIZES.BLOCK_DV))
+
+
+def plan(
+    partial_out: Any, partial_stats: Any, block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int, scale: float
+) -> Plan:
+    """out ``[B, T, HQ, DV]``, shift and log_sum ``[B, T, HQ]`` from what ``fwd_kv_outer`` left."""
+    sizes = SelectedSizes.of_partials(partial_out, block_size)
+    batch, seq_len = block_indices.shape[:2]
+    rows = (batch, seq_len, sizes.NUM_KV_HEADS * sizes.GROUP)
+    num_rows = batch * seq_len * rows[2]
+    statistics = Output(rows, torch.float32)
+    return Plan(
+        {
+            "partial_out": Dense(partial_out),
+            "partial_stats": Dense(partial_stats),
+            "block_indices": Dense(block_indices),
+            "num_rows": num_rows,
+            "seqs": sequences(block_indices, seq_len_k, seqs),
+            "scale": scale,
+        },
+        {"out": Output((*rows, sizes.HEAD_DIM_V), partial_out.dtype), "shift": statistics, "log_sum": statistics},
+        sizes,
+        (num_rows,),
+    )
+
+
+def grid(extent: tuple[Any, ...], tiles: dict[str, Any], cdiv: Any) -> tuple[Any, Any, Any]:
+    """BLOCK_R output rows a program."""
+    return cdiv(extent[0], tiles["BLOCK_R"]), 1, 1
+
+
+def heuristic(sizes: SelectedSizes, device: Device) -> Config:
+    """As measured on an H200: two rows a warp at 128 columns."""
+    slots = next_power_of_2(sizes.NUM_SELECTED * sizes.NUM_CHUNKS)
+    return Config({"BLOCK_R": max(1, 256 // sizes.BLOCK_DV), "BLOCK_S": slots}, 1, 2)
+
+
+def candidates(sizes: SelectedSizes, device: Device) -> list[Config]:
+    """What is worth measuring."""
+    return spread(heuristic(sizes, device), {"BLOCK_R": [1, 2, 4, 8]}, (1, 2, 4), (2,))
+
+
+MERGE_PARTIALS = Kernel(
+    merge_partials_kernel,
+    f"_merge_partials(Tensor partial_out, Tensor partial_stats, Tensor block_indices, {SEQUENCES}, *, "
+    "SymInt seq_len_k, int block_size, float scale) -> (Tensor out, Tensor shift, Tensor log_sum)",
+    plan, grid, heuristic, candidates,
+)  # fmt: skip

@@ -1,0 +1,79 @@
+"""Configurations as data: tiles and launch options of the kernels, and the tables of measured ones."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = [
+    "Config", "Device", "ENTRIES_PER_TILE", "configured", "next_power_of_2", "padded", "selected_block_n", "tuned_file",
+]  # fmt: skip
+
+
+class Device(NamedTuple):
+    """What a configuration depends on of a device: its architecture ("sm_90", "hip", "generic") and its name."""
+
+    arch: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hardware tiles of one kernel by constexpr name, warps of a program, software-pipelining depth."""
+
+    tiles: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is >= n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def padded(width: int) -> int:
+    """A head dim as tiles hold it: a power of two, at least the 16 that a matrix product asks for."""
+    return max(16, next_power_of_2(width))
+
+
+# How many entries of a block's list one program serves. The lists of blocks that every query must select are as long as
+# the sequence, so they are cut; the cost of a cut is one more load of the block and one more float32 tile in the
+# backward.
+ENTRIES_PER_TILE = 1024
+
+
+def selected_block_n(block_size: int, head_dim: int, head_dim_v: int, itemsize: int) -> int:
+    """Keys of a selected block on chip at once; the KV-outer kernels cut wider blocks into chunks.
+
+    float32 is multiplied without tensor cores, from registers, so it takes narrower tiles.
+    """
+    widest = padded(max(head_dim, head_dim_v))
+    return min(block_size, 64 if itemsize < 4 else max(16, 4096 // widest))
+
+
+def tuned_file(device_name: str) -> Path:
+    """The table of measured configurations of a GPU: ``{kernel: {sizes: [tiles, num_warps, num_stages]}}``."""
+    slug = "".join(c if c.isalnum() else "_" for c in device_name.lower())
+    return Path(__file__).resolve().parent / "templates" / "tuned" / f"{slug}.json"
+
+
+@functools.cache
+def _tuned(device_name: str) -> dict[str, dict[str, Any]]:
+    file = tuned_file(device_name)
+    return json.loads(file.read_text()) if device_name and file.exists() else {}
+
+
+def key(sizes: Any) -> str:
+    """How a table names static sizes."""
+    return ",".join(f"{name}={value}" for name, value in sizes._asdict().items())
+
+
+@functools.cache
+def configured(kernel: str, heuristic: Callable[[Any, Device], Config], sizes: Any, device: Device) -> Config:
+    """The measured configuration of ``kernel`` for ``sizes`` on ``device``; the heuristic's where none was measured."""
+    found = _tuned(device.name).get(kernel, {}).get(key(sizes))
+    return Config(found[0], found[1], found[2]) if found else heuristic(sizes, device)
