@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 import fsa_compile
-from benchmarks.common import causal_block_indices, measure, write_csv
+from benchmarks.common import measure, write_csv
 from fsa_compile import cost
 from fsa_compile.lowering import lower
 from fsa_compile.ops.problem import device_of, problem_of
+from fsa_compile.testing.inputs import causal_block_indices
 
 ORDERS = ("fsa", "nsa")
 # Milliseconds that may not be exceeded at seq_len 65536, 4 key/value heads, head_dim 128, on an H200.

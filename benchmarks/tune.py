@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import causal_block_indices, measure, write_csv
+from benchmarks.common import measure, write_csv
 from fsa_compile.ops import cuda, loop_order, loop_order_backward
 from fsa_compile.templates import (
     config,
@@ -27,6 +27,7 @@ from fsa_compile.templates import (
     selected_fwd_query_outer,
     sum_partials,
 )
+from fsa_compile.testing.inputs import causal_block_indices
 
 SPACES: dict[str, dict[str, list[int]]] = {
     "selected_fwd_query_outer": {"num_warps": [1, 2, 4], "num_stages": [1, 2, 3]},

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from calls import Call, backward_call, call_of, forward_call, run, selection_of, upstream_of
-from specs import NAMED, Spec, make_inputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fsa_compile
 from fsa_compile import debug
 from fsa_compile.ops import schema
+from fsa_compile.testing.calls import Call, backward_call, call_of, forward_call, run, selection_of, upstream_of
+from fsa_compile.testing.inputs import make_inputs
+from fsa_compile.testing.specs import NAMED, Spec
 
 fsa = torch.ops.fsa
 BATCH = Spec(batch=2, seq_len=40)

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from specs import Inputs, Spec, make_inputs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config
@@ -25,6 +24,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 import fsa_compile
 from fsa_compile import lowering
 from fsa_compile.lowering import PASS, _inductor, install
+from fsa_compile.testing.inputs import Inputs, make_inputs
+from fsa_compile.testing.specs import Spec
 
 ROOT = Path(fsa_compile.__file__).resolve().parent
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from compile_only import SHARED_MEMORY, TARGETS, Recorder, compile_for
 
 from fsa_compile.ops import cuda, loop_order, loop_order_backward
 from fsa_compile.templates import (
@@ -19,6 +18,7 @@ from fsa_compile.templates import (
     selected_fwd_query_outer,
     sum_partials,
 )
+from fsa_compile.testing.compile_only import SHARED_MEMORY, TARGETS, Recorder, compile_for
 
 MODULES = (
     attention_delta,

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from budget import assert_within_budget
-from calls import Call, backward_call, call_of, forward_call, run, selection_of, upstream_of
-from specs import Spec, make_inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fsa_compile.ops import cpu, cpu_bands, dense, reference
+from fsa_compile.testing.budget import assert_within_budget
+from fsa_compile.testing.calls import Call, backward_call, call_of, forward_call, run, selection_of, upstream_of
+from fsa_compile.testing.inputs import make_inputs
+from fsa_compile.testing.specs import Spec
 
 ATTENTION = ("compressed_attention", "selected_attention", "sliding_window_attention")
 fsa = torch.ops.fsa

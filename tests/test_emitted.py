@@ -13,11 +13,13 @@ import numpy
 import pytest
 import torch
 import triton
-from inductor_harness import Harness, backward, gated
-from specs import Spec, make_inputs
+from programs import backward, gated
 from torch import Tensor
 
 import fsa_compile
+from fsa_compile.testing.fake_gpu import Harness
+from fsa_compile.testing.inputs import make_inputs
+from fsa_compile.testing.specs import Spec
 
 fsa = torch.ops.fsa
 

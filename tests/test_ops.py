@@ -8,12 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from budget import Budget, draws, relative_error
-from calls import STAGES, Call, backward_call, call_of, forward_call, results, run, selection_of, upstream_of
 from hypothesis import given
 from hypothesis import strategies as st
-from specs import NAMED, SPECS, Spec, make_inputs
-from strategies import specs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +17,21 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import fsa_compile
 from fsa_compile.ops import reference, schema
+from fsa_compile.testing.budget import Budget, draws, relative_error
+from fsa_compile.testing.calls import (
+    STAGES,
+    Call,
+    backward_call,
+    call_of,
+    forward_call,
+    results,
+    run,
+    selection_of,
+    upstream_of,
+)
+from fsa_compile.testing.inputs import make_inputs
+from fsa_compile.testing.specs import NAMED, SPECS, Spec
+from fsa_compile.testing.strategies import specs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ATTENTION = tuple(name for name in STAGES if name not in ("mean_compress", "nsa_attention"))

@@ -51,7 +51,8 @@ def test_every_way_to_reach_inductor_is_seen(source: str) -> None:
 
 def test_one_module_names_inductor() -> None:
     found = {path.relative_to(PACKAGE).as_posix(): _mentions(path.read_text(encoding="utf-8")) for path in SOURCES}
-    assert [path for path, places in found.items() if places] == ["lowering/_inductor.py"], found
+    # The fake GPU is there to look at what Inductor emits.
+    assert [path for path, places in found.items() if places] == ["lowering/_inductor.py", "testing/fake_gpu.py"], found
 
 
 def test_files_stay_small() -> None:

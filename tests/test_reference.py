@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from specs import NAMED, SPECS, Inputs, Spec, make_inputs
 from torch import Tensor
 
 from fsa_compile.ops import reference
+from fsa_compile.testing.inputs import Inputs, make_inputs
+from fsa_compile.testing.specs import NAMED, SPECS, Spec
 
 BATCHED = [spec for spec in SPECS if spec.lengths is None and spec.seq_len_k < 130]
 PACKED = [spec for spec in SPECS if spec.lengths is not None]

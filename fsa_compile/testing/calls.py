@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from specs import Inputs
 from torch import Tensor
 
-from fsa_compile.ops import reference
+from ..ops import reference
+from .inputs import Inputs
 
 STAGES = ("mean_compress", "compressed_attention", "selected_attention", "sliding_window_attention", "nsa_attention")
 

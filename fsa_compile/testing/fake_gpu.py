@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from triton.backends.compiler import GPUTarget
 
-from fsa_compile.lowering import PASS
+from ..lowering import PASS
 
 _PROPERTIES = DeviceProperties(
     type="cuda",
@@ -101,7 +101,7 @@ class Harness:
         """A contiguous fake CUDA tensor; the sizes of the axes in ``dynamic`` are symbols (equal ones where equal)."""
         kinds = [DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC for i in range(len(shape))]
         real = torch.empty(shape, dtype=dtype, device="meta")
-        context = StatelessSymbolicContext(dynamic_sizes=kinds)
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=kinds)
         meta = self.mode.from_tensor(real, symbolic_context=context)
         with self.mode:
             return torch.empty(meta.shape, dtype=dtype, device="cuda")
@@ -118,33 +118,3 @@ class Harness:
                 lowering.run(*tensors)
                 code = lowering.codegen()[0]
         return str(getattr(code, "value", code))
-
-
-# ---- programs to emit ----
-
-
-def gated(order: str, **options: Any) -> Callable[..., Any]:
-    """Selected attention and the sum of the branches, as nsa_attention composes them."""
-
-    def fn(q, k, v, block_indices, o_cmp, o_swa, g_cmp, g_slc, g_swa, *cu_seqlens):
-        packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=False))
-        args = (q, k, v, block_indices)
-        out, shift, log_sum = torch.ops.fsa.selected_attention_forward(*args, loop_order=order, **packed, **options)
-        sum_ = g_cmp.sigmoid().unsqueeze(-1) * o_cmp + g_slc.sigmoid().unsqueeze(-1) * out
-        return (sum_ + g_swa.sigmoid().unsqueeze(-1) * o_swa).to(q.dtype), shift, log_sum
-
-    return fn
-
-
-def backward(order: str, **options: Any) -> Callable[..., Any]:
-    """The backward with a gate before it."""
-
-    def fn(q, k, v, block_indices, out, shift, log_sum, grad, grad_log_sum, gate, *cu_seqlens):
-        packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=False))
-        grad = grad * gate.unsqueeze(-1)
-        results = (out, shift, log_sum)
-        return torch.ops.fsa.selected_attention_backward(
-            grad, grad_log_sum, q, k, v, block_indices, *results, loop_order=order, **packed, **options
-        )
-
-    return fn

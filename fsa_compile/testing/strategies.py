@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from specs import Spec
+
+from .specs import Spec
 
 _HEAD_DIMS = st.sampled_from((16, 32, 64, 1, 7, 20, 24, 48, 80))
 
