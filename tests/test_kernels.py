@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fsa_compile.ops import cuda
+from fsa_compile.ops.rules import take_runs
+from fsa_compile.ops.selected import orders
 from fsa_compile.templates.attention_delta import ATTENTION_DELTA
 from fsa_compile.templates.selected import KERNELS
 from fsa_compile.testing.budget import Budget, draws, relative_error
@@ -61,7 +62,7 @@ def one_order_of_summation() -> Iterator[None]:
 
 
 class Selected(torch.autograd.Function):
-    """The sequences of `ops.cuda` in one loop order, as the operators run them."""
+    """The sequences of `ops.selected.orders` in one loop order, as the operators run them."""
 
     @staticmethod
     def forward(
@@ -69,16 +70,16 @@ class Selected(torch.autograd.Function):
     ) -> Any:
         scale = options["scale"] or q.shape[3] ** -0.5
         names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")
-        ctx.order, ctx.seqs = order, tuple(options.get(name) for name in names)
+        ctx.order, ctx.runs = order, take_runs(dict.fromkeys(names) | options)
         ctx.sizes = {"block_size": options["block_size"], "scale": scale}
-        out, shift, log_sum = cuda.forward(order, q, k, v, block_indices, ctx.seqs, **ctx.sizes)
+        out, shift, log_sum = orders.forward(order, q, k, v, block_indices, runs=ctx.runs, **ctx.sizes)
         ctx.save_for_backward(q, k, v, block_indices, out, shift, log_sum)
         ctx.set_materialize_grads(False)
         return out, log_sum + scale * shift
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        grads = cuda.backward(ctx.order, grad_out, grad_lse, *ctx.saved_tensors, ctx.seqs, **ctx.sizes)
+        grads = orders.backward(ctx.order, grad_out, grad_lse, *ctx.saved_tensors, runs=ctx.runs, **ctx.sizes)
         return None, *grads, None, None
 
 
@@ -232,10 +233,10 @@ def test_opcheck_of_the_internal_operators(packed: bool) -> None:
 
     for order in ORDERS:
         with Check(), torch.no_grad():
-            seqs, sizes = (x.cu_seqlens_q, None, None, None), {"block_size": 16, "scale": 0.25}
-            results = cuda.forward(order, x.q, x.k, x.v, x.block_indices, seqs, **sizes)
+            runs, sizes = (x.cu_seqlens_q, x.cu_seqlens_q, None, None), {"block_size": 16, "scale": 0.25}
+            results = orders.forward(order, x.q, x.k, x.v, x.block_indices, runs=runs, **sizes)
             grads = (results[0], results[2])
-            cuda.backward(order, *grads, x.q, x.k, x.v, x.block_indices, *results, seqs, **sizes)
+            orders.backward(order, *grads, x.q, x.k, x.v, x.block_indices, *results, runs=runs, **sizes)
     assert checked == {f"fsa::_{kernel.name}" for kernel in (ATTENTION_DELTA, *KERNELS)} | {"fsa::_block_lists"}
 
 
@@ -284,8 +285,8 @@ def test_more_than_2_31_elements(order: str) -> None:
     block_indices = torch.stack([current * 0, current], -1)[None, :, None].int()
     block_indices[..., 1].masked_fill_(block_indices[..., 1] == 0, -1)
     assert q.numel() > 2**31
-    seqs, sizes = (None,) * 4, {"block_size": 64, "scale": dim**-0.5}
-    out, shift, log_sum = cuda.forward(order, q, k, v, block_indices, seqs, **sizes)
+    runs, sizes = (None,) * 4, {"block_size": 64, "scale": dim**-0.5}
+    out, shift, log_sum = orders.forward(order, q, k, v, block_indices, runs=runs, **sizes)
     first, last = 64 * (seq_len // 64) - 64, seq_len
     keys = torch.cat([torch.arange(64, device="cuda"), torch.arange(first, last, device="cuda")])
     visible = keys <= torch.arange(first, last, device="cuda")[:, None]
@@ -299,7 +300,7 @@ def test_more_than_2_31_elements(order: str) -> None:
     grad_out = torch.zeros_like(out)
     grad_out[:, -1] = 1
     results = (out, shift, log_sum)
-    dq, _, dv = cuda.backward(order, grad_out, None, q, k, v, block_indices, *results, seqs, **sizes)
+    dq, _, dv = orders.backward(order, grad_out, None, q, k, v, block_indices, *results, runs=runs, **sizes)
     assert (dq[:, :-1] == 0).all()
     assert dq[:, -1].abs().sum() > 0
     assert abs(float(dv.float().sum()) / (heads * dim) - 1) < 1e-2

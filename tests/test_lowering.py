@@ -16,7 +16,7 @@ from torch import Tensor
 import fsa_compile
 from fsa_compile import cost, lowering
 from fsa_compile.lowering import _inductor, emit, expand
-from fsa_compile.ops import cuda
+from fsa_compile.ops.selected import orders
 from fsa_compile.testing.fake_gpu import Harness, pretend_h200
 
 fsa = torch.ops.fsa
@@ -267,7 +267,7 @@ def test_a_failing_expansion_leaves_the_operator(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("broken on purpose")
 
-    monkeypatch.setattr(cuda, "forward", broken)
+    monkeypatch.setitem(orders._FORWARD, "nsa", broken)
     harness = Harness()
     with lowering.collect_sites() as sites:
         code = harness.emit(gated("nsa"), *fakes(harness))

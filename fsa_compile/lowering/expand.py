@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from .. import cost, debug
-from ..ops.problem import device_of, problem_of
+from ..ops.rules import RULES, Rule, call_of
 
 __all__ = ["Site", "collect_sites", "expand_graph", "semantic_operators"]
 
@@ -33,8 +33,6 @@ _PACKAGE = str(Path(__file__).resolve().parent.parent)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 # Facts about the replaced call itself, wrong for the calls that replace it.
 _OWN_META = frozenset(("val", "tensor_meta", "eager_input_vals", "example_value"))
-_UNUSED = frozenset(("max_seqlen_q", "max_seqlen_k", "loop_order"))
-_SEQS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")
 _MADE = "fsa_compile"
 _MUST_KEEP = frozenset(("MUST_SAVE", "PREFER_SAVE"))
 
@@ -76,10 +74,11 @@ def where_of(node: fx.Node) -> str | None:
 
 def expand_graph(graph: fx.Graph) -> None:
     """Replace the semantic operators of ``graph`` that run on CUDA."""
-    nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in _sequences()]
+    rules = _rules()
+    nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in rules]
     if not nodes:
         return
-    expansion = _Expansion(graph)
+    expansion = _Expansion(graph, rules)
     for node in nodes:
         try:
             site = expansion.replace(node)
@@ -91,18 +90,14 @@ def expand_graph(graph: fx.Graph) -> None:
             sites.append(site)
 
 
-def _sequences() -> dict[Any, str]:
-    """Each semantic operator and the function of ``ops.cuda`` that runs it in a given loop order."""
-    fsa = torch.ops.fsa
-    return {
-        fsa.selected_attention_forward.default: "forward",
-        fsa.selected_attention_backward.default: "backward",
-    }
+def _rules() -> dict[Any, Rule]:
+    """Each semantic operator that a rule says how to run."""
+    return {getattr(torch.ops.fsa, name).default: rule for name, rule in RULES.items()}
 
 
 def semantic_operators() -> tuple[torch._ops.OpOverload, ...]:
     """The operators that the pass replaces."""
-    return tuple(_sequences())
+    return tuple(_rules())
 
 
 def _site(node: fx.Node, matched: bool, choice: cost.Choice | None = None, reason: str = "") -> Site:
@@ -127,67 +122,59 @@ def _bound(node: fx.Node) -> dict[str, Any]:
     return values
 
 
+def _identity(rule: Rule, bound: dict[str, Any]) -> tuple[Any, ...]:
+    """What a forward and its backward have in common."""
+    return (rule.op.rsplit("_", 1)[0], *(bound.get(name) for name in rule.shared))
+
+
 def _value(x: Any) -> Any:
     return x.meta["val"] if isinstance(x, fx.Node) else x
 
 
-def _identity(bound: dict[str, Any]) -> tuple[Any, ...]:
-    """What a forward and its backward have in common."""
-    names = ("q", "k", "v", "block_indices", "cu_seqlens_q", "cu_seqlens_k", "block_size", "scale", "loop_order")
-    return tuple(bound[name] for name in names)
-
-
 class _Expansion:
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: fx.Graph, rules: dict[Any, Rule]) -> None:
+        self.graph, self.rules = graph, rules
         self.made: dict[Any, fx.Node] = {}  # equal calls are made once
-        backward = torch.ops.fsa.selected_attention_backward.default
-        self.trained = {_identity(_bound(n)) for n in graph.nodes if n.op == "call_function" and n.target is backward}
-        self.choices: dict[Any, cost.Choice] = {}
+        backwards = [n for n in graph.nodes if n.op == "call_function" and n.target in rules]
+        self.trained = {_identity(rules[n.target], _bound(n)) for n in backwards if rules[n.target].is_backward}
+        self.choices: dict[Any, cost.Choice | None] = {}
 
     def replace(self, node: fx.Node) -> Site:
-        bound = _bound(node)
-        q = _value(bound["q"])
-        if q.device.type != "cuda":
-            choice = self._choose(bound)
-            return _site(node, False, reason=f"runs on {q.device.type}: {choice.reason}")
+        rule, bound = self.rules[node.target], _bound(node)
+        values = pytree.tree_map(_value, bound)
+        first = next(x for x in values.values() if isinstance(x, torch.Tensor))
+        if first.device.type != "cuda":
+            choice = self._choose(rule, bound, values)
+            reason = f"runs on {first.device.type}" + (f": {choice.reason}" if choice else "")
+            return _site(node, False, reason=reason)
         if debug.is_validating():
             return _site(node, False, reason="fsa_compile.debug validates, which only the eager operator does")
-        if any(user.target is not operator.getitem for user in node.users):
+        if len(node.target._schema.returns) > 1 and any(u.target is not operator.getitem for u in node.users):  # type: ignore[union-attr]
             return _site(node, False, reason="its results are used as one tuple")
-        choice = self._choose(bound)
-        from ..ops import cuda  # only now: they need Triton, which a CPU does not
+        choice = self._choose(rule, bound, values)
         from . import emit
 
         emit.register()
-        arguments = {name: x for name, x in bound.items() if name not in _UNUSED}
-        arguments["seqs"] = tuple(arguments.pop(name, None) for name in _SEQS)
-        if arguments["scale"] is None:
-            arguments["scale"] = int(q.shape[3]) ** -0.5
-        sequence = getattr(cuda, _sequences()[node.target])
-        traced = _trace(functools.partial(sequence, choice.order), arguments, q.fake_mode)
-        self._inline(node, arguments, traced)
+        head_dim = values["q"].shape[3] if "q" in values else None
+        call = call_of(bound, head_dim)
+        traced = _trace(functools.partial(rule.sequence, choice.order if choice else None), call, first.fake_mode)  # type: ignore[attr-defined]
+        self._inline(node, call, traced)
         return _site(node, True, choice)
 
-    def _choose(self, bound: dict[str, Any]) -> cost.Choice:
+    def _choose(self, rule: Rule, bound: dict[str, Any], values: dict[str, Any]) -> cost.Choice | None:
         """One choice for a forward and its backward: their lists are shared."""
-        key = _identity(bound)
+        if rule.choose is None:
+            return None
+        key = _identity(rule, bound)
         if key not in self.choices:
-            q, k, v, block_indices = (_value(bound[name]) for name in ("q", "k", "v", "block_indices"))
-            is_backward = "grad_out" in bound
-            self.choices[key] = cost.choose(
-                problem_of(q, k, v, block_indices, bound["block_size"]),
-                device_of(q),
-                bound["loop_order"],
-                training=not is_backward and key in self.trained,
-                backward=is_backward,
-            )
+            training = not rule.is_backward and key in self.trained
+            self.choices[key] = rule.choose(values, training=training, backward=rule.is_backward)
         return self.choices[key]
 
     def _inline(self, node: fx.Node, bound: dict[str, Any], traced: fx.GraphModule) -> None:
         sources = iter([x for x in pytree.tree_leaves(bound) if isinstance(x, fx.Node)])
         env: dict[fx.Node, Any] = {}
-        results: tuple[Any, ...] = ()
+        results: Any = ()
         if any(n.op not in ("placeholder", "call_function", "output") for n in traced.graph.nodes):
             raise NotImplementedError("the implementation holds constants or submodules")
         with self.graph.inserting_before(node):
@@ -198,6 +185,9 @@ class _Expansion:
                     results = fx.node.map_arg(n.args[0], env.__getitem__)
                 else:
                     env[n] = self._make(node, n, env)
+        if isinstance(results, fx.Node):  # one result, and not a tuple of it
+            node.replace_all_uses_with(results)
+            results = (results,)
         keep = {n for n in results if isinstance(n, fx.Node)}
         for n in env.values():
             policy = n.meta.get("recompute") if n.op == "call_function" and n.meta.get(_MADE) else None

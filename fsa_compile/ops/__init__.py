@@ -12,5 +12,5 @@ from . import fakes as fakes
 from . import schema as schema
 
 if importlib.util.find_spec("triton") is not None:  # where there is no Triton (macOS), the CPU still works
-    from . import cuda as cuda
-    from . import block_lists as block_lists
+    from . import kernels as kernels
+    from .selected import orders as orders

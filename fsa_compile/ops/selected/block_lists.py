@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..templates.kernel import SEQUENCES
-from ..templates.sequences import num_tiles
-from ..tiling import ENTRIES_PER_TILE
-from .schema import LIB, define, impl
-
-Seqs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+from ...templates.kernel import SEQUENCES
+from ...templates.sequences import num_tiles
+from ...tiling import ENTRIES_PER_TILE
+from ..schema import LIB, define, impl
 
 
 def _sizes(block_indices: Tensor, cu_seqlens_k: Tensor | None, seq_len_k: int, block_size: int) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Compressed attention: softmax over the compressed tokens whose whole window is in the past."""

@@ -1,0 +1,1 @@
+"""Mean compression of keys and values."""

@@ -1,0 +1,1 @@
+"""Selected attention: exact softmax over the tokens of the blocks that a query selected."""

@@ -1,0 +1,1 @@
+"""Block selection: which blocks a query attends to, from its compressed attention."""
