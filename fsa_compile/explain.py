@@ -15,7 +15,8 @@ from torch import fx
 
 from . import cost, debug
 from .lowering import Site
-from .lowering.install import PASS, is_enabled
+from .lowering.switch import is_enabled, is_switched_on
+from .lowering.where import frames_of, innermost, where_of
 from .ops.problem import device_of, problem_of
 from .ops.schema import signature
 
@@ -23,12 +24,8 @@ __all__ = ["Explanation", "GraphBreak", "Site", "explain"]
 
 _NSA_OPS = ("nsa_attention", "selected_attention")
 _NOT_NSA = "dense attention, not NSA; plain-PyTorch NSA is not recognised in this release"
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
-_LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, _PACKAGE + os.sep)
-_DEMO = os.path.join(_PACKAGE, "demo") + os.sep  # the demo's model is a user's model
 _EXPLANATION = re.compile(r"^\s*Explanation: (.*)$", re.MULTILINE)
 _WRAPPED = re.compile(r": got ([A-Za-z_.]+\(.*\))$", re.MULTILINE)
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 # Nodes of a dynamo graph are named by the function, whatever module re-exports it.
 _DENSE = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention"}
@@ -146,7 +143,7 @@ def _graph_break(gm: fx.GraphModule) -> Iterator[GraphBreak]:
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None and getattr(reason, "graph_break", False):
         frames = [(f.filename, f.lineno) for f in reason.user_stack]
-        yield GraphBreak(_summary(str(reason.reason)), _innermost(frames))
+        yield GraphBreak(_summary(str(reason.reason)), innermost(frames))
 
 
 def _first_line(text: str) -> str:
@@ -167,24 +164,12 @@ def _message(error: BaseException) -> str:
     wrapped = _WRAPPED.search(text)
     if wrapped is None:
         return f"{type(error).__name__}: {_first_line(text) or 'no message'}"
-    return f"{wrapped.group(1)} at {_short(_innermost(_FRAME.findall(text)))}"
+    return f"{wrapped.group(1)} at {_short(innermost(frames_of(text)))}"
 
 
 def _name(fn: Any) -> str:
     fn = _uncompiled(fn)
     return getattr(fn, "__qualname__", None) or type(fn).__qualname__
-
-
-def _innermost(frames: list[tuple[str, Any]]) -> str | None:
-    """`file:line` of the innermost frame that is neither torch's nor ours; of the innermost one if all are."""
-    for file, line in reversed(frames):
-        if file.startswith(_DEMO) or not file.startswith(_LIBRARIES):
-            return f"{file}:{line}"
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else None
-
-
-def _where(node: fx.Node) -> str | None:
-    return _innermost(_FRAME.findall(node.meta.get("stack_trace") or ""))
 
 
 # ------------------------------------------------------------------------------------------------------------ sites
@@ -200,7 +185,7 @@ def _sites(gm: fx.GraphModule) -> Iterator[Site]:
                     yield _nsa_site(node, name)
                 elif name in _DENSE or (name in _SOFTMAX and _feeds_matmul(node)):
                     shown = name if name in _DENSE else "softmax, then matmul"
-                    yield Site(shown, False, None, reason=_NOT_NSA, where=_where(node))
+                    yield Site(shown, False, None, reason=_NOT_NSA, where=where_of(node))
 
 
 def _function(node: fx.Node) -> str:
@@ -229,7 +214,7 @@ def _feeds_matmul(softmax: fx.Node) -> bool:
 
 
 def _nsa_site(node: fx.Node, name: str) -> Site:
-    where = _where(node)
+    where = where_of(node)
     try:
         choice, kind = _choice(node, name)
     except Exception as error:
@@ -263,7 +248,7 @@ def _obstacle(device_type: str) -> str:
     """Why the lowering would leave a site alone; empty if it would not."""
     if device_type != "cuda":
         return f"runs on {device_type}, where the operator is called as it is"
-    if not PASS.active:
+    if not is_switched_on():
         return "the lowering is switched off (fsa_compile.enable() switches it on)"
     if not is_enabled():
         return "another pass has taken the place of fsa_compile's (call fsa_compile.enable() again)"

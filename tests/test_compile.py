@@ -294,8 +294,8 @@ def test_cache_hits_in_a_second_process_and_misses_after_an_edit(tmp_path: Path)
 
     assert compiled_anew()
     assert not compiled_anew()
-    path = tmp_path / "fsa_compile" / "templates" / "merge_partials.jinja"
-    path.write_text(path.read_text() + "{# an edit #}")
+    path = tmp_path / "fsa_compile" / "templates" / "selected" / "merge_partials.py"
+    path.write_text(path.read_text() + "# an edit")
     assert compiled_anew(), "stale code after an edit"
 
 
@@ -304,9 +304,11 @@ def test_every_source_file_is_hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(install, "__file__", str(copy / "lowering" / "install.py"))
     hash_now = install.source_hash.__wrapped__
+    (copy / "templates" / "tuned").mkdir(exist_ok=True)
+    (copy / "templates" / "tuned" / "some_gpu.json").write_text("{}")
     seen = {hash_now()}
-    sources = sorted(p for p in copy.rglob("*") if p.suffix in (".py", ".jinja"))
-    assert any(p.suffix == ".jinja" for p in sources)
+    sources = sorted(p for p in copy.rglob("*") if p.suffix in (".py", ".json"))
+    assert any(p.suffix == ".json" for p in sources)
     for path in sources:
         path.write_bytes(path.read_bytes() + b"\n")
         seen.add(hash_now())

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from .expand import Site, collect_sites
-from .install import PASS, disable, enable, is_enabled
+from typing import TYPE_CHECKING, Any
+
+from .sites import Site, collect_sites
+from .switch import disable, enable, is_enabled
+
+if TYPE_CHECKING:
+    from .install import PASS
 
 __all__ = ["PASS", "Site", "collect_sites", "disable", "enable", "is_enabled"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PASS":  # it is a class of the compiler's, which is imported with it
+        from .install import PASS
+
+        return PASS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,14 +7,10 @@ lists. No length is guarded, and nothing here may break a user's model: whatever
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import operator
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,52 +20,17 @@ from torch.utils import _pytree as pytree
 
 from .. import cost, debug
 from ..ops.rules import RULES, Rule, call_of
+from .sites import Site, report
+from .where import where_of
 
-__all__ = ["Site", "collect_sites", "expand_graph", "semantic_operators"]
+__all__ = ["expand_graph", "semantic_operators"]
 
 log = logging.getLogger(__name__)
 
-_PACKAGE = str(Path(__file__).resolve().parent.parent)
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 # Facts about the replaced call itself, wrong for the calls that replace it.
 _OWN_META = frozenset(("val", "tensor_meta", "eager_input_vals", "example_value"))
 _MADE = "fsa_compile"
 _MUST_KEEP = frozenset(("MUST_SAVE", "PREFER_SAVE"))
-
-
-@dataclass(frozen=True)
-class Site:
-    """What became of one semantic operator in one graph."""
-
-    op: str  # "fsa::selected_attention"
-    matched: bool  # replaced by loop-order operators
-    loop_order: str | None
-    costs: dict[str, float] = field(default_factory=dict)  # seconds by loop order
-    reason: str = ""
-    where: str | None = None  # "file:line" of the user's call
-
-
-_collectors: list[list[Site]] = []
-
-
-@contextlib.contextmanager
-def collect_sites() -> Iterator[list[Site]]:
-    """The sites that the pass meets inside the block, appended as they come. A graph from a cache is not met again."""
-    sites: list[Site] = []
-    _collectors.append(sites)
-    try:
-        yield sites
-    finally:
-        _collectors[:] = [one for one in _collectors if one is not sites]
-
-
-def where_of(node: fx.Node) -> str | None:
-    """``file:line`` of the innermost frame outside this package."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    for file, line in reversed(frames):
-        if not file.startswith(_PACKAGE):
-            return f"{file}:{line}"
-    return None
 
 
 def expand_graph(graph: fx.Graph) -> None:
@@ -86,8 +47,7 @@ def expand_graph(graph: fx.Graph) -> None:
             log.warning("%s stays as it is: %s: %s", node.target, type(error).__name__, error, exc_info=True)
             site = _site(node, False, reason=f"not lowered: {type(error).__name__}: {error}")
         log.info("%s", site)
-        for sites in _collectors:
-            sites.append(site)
+        report(site)
 
 
 def _rules() -> dict[Any, Rule]:

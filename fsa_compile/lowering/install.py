@@ -17,8 +17,9 @@ import torch
 from .. import debug
 from . import _inductor
 from .expand import expand_graph, semantic_operators
+from .switch import is_switched_on
 
-__all__ = ["FsaPass", "PASS", "PassChain", "disable", "enable", "is_enabled", "source_hash", "warn_if_replaced"]
+__all__ = ["FsaPass", "PASS", "PassChain", "in_slot", "install", "source_hash", "uninstall", "warn_if_replaced"]
 
 _SOURCES = ("*.py", "*.json")
 
@@ -43,15 +44,14 @@ class FsaPass(_inductor.CustomGraphPass):
     """The joint-graph pass of this package, one object per process. Disabled, it does nothing and its uuid says so."""
 
     def __init__(self) -> None:
-        self.active = False
         source_hash()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        if self.active:
+        if is_switched_on():
             expand_graph(graph)
 
     def uuid(self) -> str:
-        if not self.active:
+        if not is_switched_on():
             return "fsa_compile off"
         return f"fsa_compile {source_hash()} validating={debug.is_validating()}"
 
@@ -95,7 +95,8 @@ def _contains(value: Any) -> bool:
     return value is PASS
 
 
-def _in_slot() -> bool:
+def in_slot() -> bool:
+    """Whether the slot holds the pass, as this thread sees it."""
     return any(map(_contains, _inductor.slot_passes()))
 
 
@@ -112,37 +113,23 @@ def _write(passes: tuple[Any, ...]) -> None:
         _inductor.set_slot(list(passes) if _inductor.slot_takes_sequence() else PassChain(*passes))
 
 
-def enable() -> None:
-    """Switch the lowering on (it is, after ``import fsa_compile``).
-
-    The joint-graph pass is put after whatever sits in ``torch._inductor.config.joint_custom_pre_pass``; call it again
-    after another package has overwritten that slot. Functions that are compiled already stay as they are.
-    """
-    PASS.active = True
+def install() -> None:
+    """Put the pass into the slot, after what is there."""
     _watch()
-    if not _in_slot():
+    if not in_slot():
         if _inductor.slot_passes():
             _write((*_inductor.slot_passes(), PASS))
-        elif not (_inductor.set_slot_default(PASS) and _in_slot()):
+        elif not (_inductor.set_slot_default(PASS) and in_slot()):
             _inductor.set_slot(PASS)
 
 
-def disable() -> None:
-    """Switch the lowering off: operators compiled from now on are called as they are, as if eagerly.
-
-    Other passes in the slot stay. Functions that are compiled already stay as they are.
-    """
-    PASS.active = False
+def uninstall() -> None:
+    """Take the pass out of the slot; others in it stay."""
     kept = tuple(p for one in _inductor.slot_passes() for p in _without_ours(one))
-    if _in_slot():
+    if in_slot():
         _inductor.set_slot_default(None)
-        if _in_slot():
+        if in_slot():
             _write(kept)
-
-
-def is_enabled() -> bool:
-    """Whether compiling now would run the pass: switched on, and in the slot."""
-    return PASS.active and _in_slot()
 
 
 def _watch() -> None:
@@ -172,7 +159,7 @@ _warned: set[str] = set()
 
 def warn_if_replaced(op: str) -> None:
     """Say, once per kind of replacement, that something took the pass's place, so that ``op`` was not lowered."""
-    if not PASS.active or _in_slot():
+    if not is_switched_on() or in_slot():
         return
     found = ", ".join(type(p).__name__ for p in _inductor.slot_passes()) or "None"
     if found in _warned:
@@ -185,3 +172,7 @@ def warn_if_replaced(op: str) -> None:
         "and later), or set the slot in the configuration and call fsa_compile.enable().",
         stacklevel=2,
     )
+
+
+if is_switched_on():
+    install()

@@ -1,0 +1,41 @@
+"""What became of the semantic operators that the pass met."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+__all__ = ["Site", "collect_sites", "report"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What became of one semantic operator in one graph."""
+
+    op: str  # "fsa::selected_attention"
+    matched: bool  # replaced by kernels
+    loop_order: str | None
+    costs: dict[str, float] = field(default_factory=dict)  # seconds by loop order
+    reason: str = ""
+    where: str | None = None  # "file:line" of the user's call
+
+
+_collectors: list[list[Site]] = []
+
+
+@contextlib.contextmanager
+def collect_sites() -> Iterator[list[Site]]:
+    """The sites that the pass meets inside the block, appended as they come. A graph from a cache is not met again."""
+    sites: list[Site] = []
+    _collectors.append(sites)
+    try:
+        yield sites
+    finally:
+        _collectors[:] = [one for one in _collectors if one is not sites]
+
+
+def report(site: Site) -> None:
+    """Tell whoever collects."""
+    for sites in _collectors:
+        sites.append(site)
