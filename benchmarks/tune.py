@@ -1,141 +1,119 @@
-"""Time the launch options of the kernels of the selected branch, one kernel at a time.
+"""Measure the configurations of the kernels and keep the best: one table per GPU, which eager launches and templates read.
 
-    python -m benchmarks.tune --out tune.csv
+    python -m benchmarks.tune --out tune.csv --write
 
-The defaults in `fsa_compile/templates/*.py` are the winners of such runs.
+Every kernel that a forward and backward of the given shapes launches is timed by itself with each of its record's
+candidates. A configuration goes into the table where it is at least 2 % faster than the heuristic's.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fsa_compile
 from benchmarks.common import measure, write_csv
-from fsa_compile.ops import cuda, loop_order, loop_order_backward
-from fsa_compile.templates import (
-    config,
-    merge_partials,
-    selected_bwd_kv_outer,
-    selected_bwd_query_outer,
-    selected_fwd_kv_outer,
-    selected_fwd_query_outer,
-    sum_partials,
-)
-from fsa_compile.testing.inputs import causal_block_indices
+from fsa_compile.ops.kernels import KERNELS
+from fsa_compile.templates.kernel import Kernel, Plan, device_of
+from fsa_compile.tiling import Config, key, tuned_file
 
-SPACES: dict[str, dict[str, list[int]]] = {
-    "selected_fwd_query_outer": {"num_warps": [1, 2, 4], "num_stages": [1, 2, 3]},
-    "selected_fwd_kv_outer": {"BLOCK_M": [64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
-    "merge_partials": {"BLOCK_R": [1, 2, 4, 8], "num_warps": [1, 2, 4]},
-    "selected_bwd_query_outer": {"num_warps": [1, 2, 4], "num_stages": [1, 2, 3]},
-    "selected_bwd_kv_outer": {"BLOCK_M": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
-    "selected_bwd_kv_outer_dq": {"BLOCK_M": [32, 64, 128], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
-    "sum_partials": {"BLOCK_R": [1, 2, 4, 8], "num_warps": [1, 2, 4]},
-}
-MODULES = {
-    "selected_fwd_query_outer": selected_fwd_query_outer,
-    "selected_fwd_kv_outer": selected_fwd_kv_outer,
-    "merge_partials": merge_partials,
-    "selected_bwd_query_outer": selected_bwd_query_outer,
-    "selected_bwd_kv_outer": selected_bwd_kv_outer,
-    "selected_bwd_kv_outer_dq": selected_bwd_kv_outer,
-    "sum_partials": sum_partials,
-}
+GAIN = 1.02
 
 
-@contextmanager
-def overridden(module: Any, options: dict[str, int]) -> Iterator[None]:
-    """Launch the module's kernel with other options."""
-    meta = module.meta
-    module.meta = lambda *args: meta(*args) | options
-    try:
-        yield
-    finally:
-        module.meta = meta
+class Launches(TorchDispatchMode):
+    """The plans of the kernels that run inside the block, one for each kernel and static sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plans: dict[tuple[str, Any], tuple[Kernel, Plan]] = {}
+        self.kernels = {f"fsa::_{kernel.name}": kernel for kernel in KERNELS}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kernel = self.kernels.get(op._schema.name)
+        if kernel is not None:
+            plan = kernel.plan(*args, **(kwargs or {}))
+            self.plans[kernel.name, plan.sizes] = (kernel, plan)
+        return op(*args, **(kwargs or {}))
 
 
-def calls(group: int, seq_len: int, num_kv_heads: int, head_dim: int, locality: str) -> dict[str, Callable[[], Any]]:
-    """One launch of every kernel on the same random problem."""
+def launches(seq_len: int, num_kv_heads: int, group: int, head_dim: int, order: str) -> Launches:
+    """What one training step of the whole launches, on random inputs."""
     torch.manual_seed(0)
-    options = {"dtype": torch.bfloat16, "device": "cuda"}
-    q = torch.randn(1, seq_len, num_kv_heads * group, head_dim, **options)
-    k, v = (torch.randn(1, seq_len, num_kv_heads, head_dim, **options) for _ in range(2))
-    block_indices = causal_block_indices(seq_len, num_kv_heads, locality=locality)
-    none = cuda.PackedTables(None, None, None, None, None)
-    lists = loop_order._block_lists(block_indices, *none, seq_len_k=seq_len, block_size=64)
-    sizes = {"block_size": 64, "scale": head_dim**-0.5}
-    lengths = {"block_size": 64, "seq_len_k": seq_len}
-    queries = none.queries
-    out, shift, log_sum = loop_order._selected_fwd_query_outer(q, k, v, block_indices, *queries, **sizes)
-    partials = loop_order._selected_fwd_kv_outer(q, k, v, block_indices, *lists, *queries, **sizes)
-    grad_out = torch.randn_like(out)
-    delta = loop_order_backward._attention_delta(grad_out, None, out)
-    args = (grad_out, q, k, v, block_indices, shift, log_sum, delta)
-    tiles = loop_order_backward._selected_bwd_kv_outer(*args, *lists, *queries, **sizes, with_dq=True)
-    ops, back = loop_order, loop_order_backward
-    return {
-        "block_lists": lambda: ops._block_lists(block_indices, *none, seq_len_k=seq_len, block_size=64),
-        "selected_fwd_query_outer": lambda: ops._selected_fwd_query_outer(q, k, v, block_indices, *queries, **sizes),
-        "selected_fwd_kv_outer": lambda: ops._selected_fwd_kv_outer(q, k, v, block_indices, *lists, *queries, **sizes),
-        "merge_partials": lambda: ops._merge_partials(
-            *partials, block_indices, *queries, **lengths, scale=sizes["scale"]
-        ),
-        "attention_delta": lambda: back._attention_delta(grad_out, None, out),
-        "selected_bwd_query_outer": lambda: back._selected_bwd_query_outer(*args, *queries, **sizes),
-        "selected_bwd_kv_outer": lambda: back._selected_bwd_kv_outer(*args, *lists, *queries, **sizes, with_dq=False),
-        "selected_bwd_kv_outer_dq": lambda: back._selected_bwd_kv_outer(*args, *lists, *queries, **sizes, with_dq=True),
-        "sum_partials": lambda: back._sum_partials(tiles[2], block_indices, *queries, **lengths),
-        "reduce_tiles": lambda: back._reduce_tiles(tiles[0], lists[2], k, None, None, None, block_size=64),
-    }
+    like: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+    q = torch.randn(1, seq_len, num_kv_heads * group, head_dim, **like).requires_grad_()
+    k, v = (torch.randn(1, seq_len, num_kv_heads, head_dim, **like).requires_grad_() for _ in range(2))
+    gates = [torch.rand(1, seq_len, num_kv_heads * group, **like) for _ in range(3)]
+    with Launches() as found:
+        out = fsa_compile.nsa_attention(q, k, v, *gates, loop_order=order)
+        torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    return found
+
+
+def tune(kernel: Kernel, plan: Plan, rounds: int) -> list[tuple[float, Config]]:
+    """Milliseconds of every candidate that runs, the heuristic's first."""
+    device = device_of(torch.device("cuda", torch.cuda.current_device()))
+    outputs = kernel.allocate(plan)
+    heuristic = kernel.heuristic(plan.sizes, device)
+    found = []
+    for config in [heuristic, *(c for c in kernel.candidates(plan.sizes, device) if c != heuristic)]:
+        try:
+            ms = measure({"": lambda c=config: kernel.launch(plan, outputs, c)}, rounds=rounds, warmup=1)[""]
+        except Exception as error:  # what does not fit the chip
+            print(f"    {config}: {type(error).__name__}")
+            continue
+        found.append((ms, config))
+    return found
 
 
 def main() -> None:
-    """Sweep and print the three best options of each kernel."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Tune, print the best three of each kernel, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--kernels", nargs="+", default=list(SPACES))
-    parser.add_argument("--entries-per-tile", type=int, nargs="+", default=[config.ENTRIES_PER_TILE])
+    parser.add_argument("--orders", nargs="+", default=["fsa", "nsa"])
+    parser.add_argument("--kernels", nargs="+", help="names, all by default")
     parser.add_argument("--seq-len", type=int, default=65536)
     parser.add_argument("--num-kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--locality", default="random")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="CSV of everything measured")
+    parser.add_argument("--write", action="store_true", help="put the winners into the GPU's table")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for group, entries in itertools.product(args.groups, args.entries_per_tile):
-        for module in (config, loop_order, selected_fwd_kv_outer, selected_bwd_kv_outer):
-            module.ENTRIES_PER_TILE = entries  # type: ignore[attr-defined]
-        runs = calls(group, args.seq_len, args.num_kv_heads, args.head_dim, args.locality)
-        plain = measure(runs, rounds=args.rounds)
-        for name, ms in plain.items():
-            print(f"G={group} entries={entries} {name} default {ms:.3f} ms", flush=True)
-            rows.append({"group": group, "entries_per_tile": entries, "kernel": name, "options": "default", "ms": ms})
-        for name in args.kernels:
-            found = []
-            for values in itertools.product(*SPACES[name].values()):
-                options = dict(zip(SPACES[name], values, strict=True))
-                with overridden(MODULES[name], options):
-                    try:
-                        ms = measure({name: runs[name]}, rounds=args.rounds, warmup=1)[name]
-                    except Exception as error:  # an option that does not fit the chip
-                        print(f"{name} {options}: {type(error).__name__}")
-                        continue
-                found.append((ms, options))
-                rows.append(
-                    {"group": group, "entries_per_tile": entries, "kernel": name, "options": str(options), "ms": ms}
-                )
-            for ms, options in sorted(found, key=lambda item: item[0])[:3]:
-                print(f"    {name} {ms:.3f} ms {options}", flush=True)
-        write_csv(args.out, rows, torch.device("cuda"))
-        del runs
+    table: dict[str, dict[str, Any]] = {}
+    done: set[tuple[str, Any]] = set()
+    for group, order in itertools.product(args.groups, args.orders):
+        found = launches(args.seq_len, args.num_kv_heads, group, args.head_dim, order)
+        for name, (kernel, plan) in found.plans.items():
+            if name in done or (args.kernels and kernel.name not in args.kernels):
+                continue
+            done.add(name)
+            times = tune(kernel, plan, args.rounds)
+            for ms, config in times:
+                options = {"tiles": str(config.tiles), "num_warps": config.num_warps, "num_stages": config.num_stages}
+                rows.append({"group": group, "kernel": kernel.name, **options, "ms": ms})
+            best = sorted(times, key=lambda item: item[0])
+            for ms, config in best[:3]:
+                print(f"{kernel.name} G={group} {ms:.3f} ms (heuristic {times[0][0]:.3f}) {config}", flush=True)
+            if best[0][0] * GAIN < times[0][0]:
+                winner = best[0][1]
+                entry = [winner.tiles, winner.num_warps, winner.num_stages]
+                table.setdefault(kernel.name, {})[key(plan.sizes)] = entry
+        del found
         torch.cuda.empty_cache()
+    write_csv(args.out, rows, torch.device("cuda"))
+    if args.write:
+        file = tuned_file(torch.cuda.get_device_name())
+        known = json.loads(file.read_text()) if file.exists() else {}
+        for kernel_name, entries in table.items():
+            known.setdefault(kernel_name, {}).update(entries)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

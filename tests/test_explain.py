@@ -6,6 +6,7 @@ CUDA without a GPU: fake tensors, whose graphs run on no device.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 import fsa_compile
 from fsa_compile import cost, debug, lowering
+from fsa_compile.lowering.where import innermost
 from fsa_compile.ops.problem import device_of, problem_of, size_hint
 
 explain_module = importlib.import_module("fsa_compile.explain")
@@ -372,9 +374,16 @@ def test_report_lists_breaks_and_unlocated_sites() -> None:
 def test_a_frame_of_the_demo_is_a_users_frame() -> None:
     api, demo = fsa_compile.api.__file__, fsa_compile.api.__file__.replace("api.py", "demo/model.py")
     frames = [(HERE, 1), (demo, 2), (torch.nn.functional.__file__, 3), (api, 4)]
-    assert explain_module._innermost(frames) == f"{demo}:2"
-    assert explain_module._innermost([(api, 4)]) == f"{api}:4"
-    assert explain_module._innermost([]) is None
+    assert innermost(frames) == f"{demo}:2"
+    assert innermost([(api, 4)]) == f"{api}:4"
+    assert innermost([]) is None
+
+
+def test_a_caller_whose_path_begins_like_the_packages_is_a_users() -> None:
+    api = fsa_compile.api.__file__
+    package = os.path.dirname(api)
+    for caller in (f"{package}_train.py", f"{package}_models/model.py"):
+        assert innermost([(HERE, 1), (caller, 2), (api, 3)]) == f"{caller}:2"
 
 
 # ------------------------------------------------------------------------------------------------ tensors -> Problem

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..tiling import Config, Device, configured
 from .sequences import Rows, Sequences
 
-__all__ = ["SEQUENCES", "Dense", "Kernel", "Output", "Plan", "Strided", "device_of", "sequences"]
+__all__ = ["SEQUENCES", "Dense", "Kernel", "Output", "Plan", "Strided", "argument", "device_of", "sequences"]
 
 
 class Strided(NamedTuple):
@@ -105,12 +105,12 @@ class Kernel:
 
     def fake(self, *args: Any, **kwargs: Any) -> Any:
         """Empty results."""
-        return self._results(self._allocate(self.plan(*args, **kwargs)))
+        return self._results(self.allocate(self.plan(*args, **kwargs)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Allocate and launch."""
         plan = self.plan(*args, **kwargs)
-        made = self._allocate(plan)
+        made = self.allocate(plan)
         results = self._results(made)
         if all(made[name].numel() for name in list(plan.outputs)[:1]):
             self.launch(plan, made, self.config(plan.sizes, device_of(_like(plan).device)))
@@ -122,13 +122,14 @@ class Kernel:
         grid = self.grid(plan.extent, tiles, triton.cdiv)
         if not all(grid):
             return
-        arguments = {name: _argument(value) for name, value in plan.inputs.items()}
+        arguments = {name: argument(value) for name, value in plan.inputs.items()}
         for name, output in plan.outputs.items():
             arguments[name] = None if output.shape is None else outputs[name]
         self.fn[grid](**arguments, SIZES=plan.sizes, **tiles, num_warps=config.num_warps, num_stages=config.num_stages)
 
     @staticmethod
-    def _allocate(plan: Plan) -> dict[str, Tensor]:
+    def allocate(plan: Plan) -> dict[str, Tensor]:
+        """Empty tensors for the outputs of a plan."""
         like = _like(plan)
         return {
             name: like.new_empty((0,) if output.shape is None else output.shape, dtype=output.dtype)
@@ -154,14 +155,15 @@ def _like(plan: Plan) -> Tensor:
     return next(x.tensor for given in plan.inputs.values() for x in _leaves(given) if isinstance(x, (Strided, Dense)))
 
 
-def _argument(x: Any) -> Any:
+def argument(x: Any) -> Any:
+    """What a kernel is given for a plan's input."""
     if isinstance(x, Strided):
         tensor = x.tensor if x.tensor.stride(-1) == 1 else x.tensor.contiguous()
         return Rows(tensor, tensor.stride()[:-1])
     if isinstance(x, Dense):
         return x.tensor.contiguous()
     if isinstance(x, tuple):
-        return type(x)(*map(_argument, x))
+        return type(x)(*map(argument, x))
     return x
 
 

@@ -1,0 +1,60 @@
+"""What importing the package costs a process that never compiles, and that compiling finds the pass all the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+_PLAIN = """
+import sys, time
+import torch
+start = time.perf_counter()
+import fsa_compile
+taken = time.perf_counter() - start
+assert fsa_compile.is_enabled()
+for name in ("torch._dynamo", "torch._inductor", "sympy"):
+    assert name not in sys.modules, f"{name} was imported"
+print(taken)
+"""
+
+_COMPILED = """
+import torch
+import fsa_compile
+
+q, k, v = torch.randn(1, 32, 2, 16), torch.randn(1, 32, 1, 16), torch.randn(1, 32, 1, 16)
+blocks = torch.zeros(1, 32, 1, 1, dtype=torch.int32)
+with fsa_compile.lowering.collect_sites() as sites:
+    torch.compile(lambda: fsa_compile.selected_attention(q, k, v, blocks, block_size=16), fullgraph=True)()
+assert [site.op for site in sites] == ["fsa::selected_attention"], sites
+assert fsa_compile.is_enabled()
+"""
+
+_SWITCHED_OFF = """
+import torch
+import fsa_compile
+
+fsa_compile.disable()
+import torch._inductor.compile_fx
+assert not fsa_compile.is_enabled()
+assert torch._inductor.config.joint_custom_pre_pass is None
+fsa_compile.enable()
+assert torch._inductor.config.joint_custom_pre_pass is fsa_compile.lowering.PASS
+"""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_a_process_that_never_compiles_imports_no_compiler() -> None:
+    assert float(run(_PLAIN)) < 2.0  # 0.25 s by itself on two cores; this machine is not by itself
+
+
+def test_the_pass_is_there_when_the_compiler_is() -> None:
+    run(_COMPILED)
+
+
+def test_switched_off_before_the_compiler_it_stays_off() -> None:
+    run(_SWITCHED_OFF)
