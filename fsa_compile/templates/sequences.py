@@ -62,10 +62,11 @@ def _bound(cu_seqlens, num_seqs, total, r):
 
 
 @triton.jit
-def _search(cu_seqlens, num_seqs, total, value, BLOCK: tl.constexpr):
+def _search(cu_seqlens, num_seqs, total, value, BLOCK: tl.constexpr, APART: tl.constexpr = True):
     """The last packed run that starts at or before ``value``; with a BLOCK, counted in tiles that no run shares.
 
-    Run ``r`` owns the tiles from ``bound(r) // BLOCK + r`` on: as many as it can need, known without any table.
+    Run ``r`` owns the tiles from ``bound(r) // BLOCK + r`` on: as many as it can need, known without any table. Not
+    APART, from ``bound(r) // BLOCK`` on: as many as it fills.
     """
     lo = value * 0
     hi = value * 0 + num_seqs + 1
@@ -74,7 +75,7 @@ def _search(cu_seqlens, num_seqs, total, value, BLOCK: tl.constexpr):
         mid = (lo + hi + 1) // 2
         start = _bound(cu_seqlens, num_seqs, total, mid)
         if BLOCK > 0:
-            start = start // BLOCK + mid
+            start = start // BLOCK + (mid if APART else 0)
         below = start <= value
         lo = tl.where(below, mid, lo)
         hi = tl.where(below, hi, mid - 1)
@@ -180,6 +181,23 @@ def run_of_block(seqs: Sequences, w, BLOCK_SIZE: tl.constexpr):
         block = w - b * blocks
         num_rows = b * 0 + seqs.seq_len_k
     return run, block, num_rows
+
+
+@triton.jit
+def run_of_compressed(seqs: Sequences, b, rows, STRIDE: tl.constexpr):
+    """The runs of ``rows`` (a tile) of the compressed tokens of batch row ``b``, and which of its run each row is.
+
+    Packed, a run's first is row ``first_key // STRIDE``, and no other run has one before that run's last. Not every row
+    is a compressed token: a run may be too short to have it.
+    """
+    if seqs.cu_seqlens_k is not None:
+        r = _search(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, rows, STRIDE, False)
+        run = packed_run(seqs, r)
+        window = rows - run.first_key // STRIDE
+    else:
+        run = batched_run(seqs, b)
+        window = rows
+    return run, window
 
 
 def num_tiles(batch: Any, rows: Any, num_seqs: Any, packed: bool, block: int, cdiv: Any) -> Any:

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from ..templates.kernel import Kernel, Plan, argument
+from ..tiling import Config, Device
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,45 +50,77 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel needs: bytes of shared memory, registers a thread (None where not known), bytes
-    spilled a thread.
+    """What one compiled kernel needs: bytes of shared memory, registers a thread, bytes spilled a thread; its assembly
+    (PTX or GCN).
     """
 
     shared: int
-    registers: int | None
+    registers: int
     spilled: int
+    assembly: str = field(default="", repr=False)
+
+
+def compile_record(kernel: Kernel, plan: Plan, config: Config, target: str) -> Usage:
+    """Compile ``kernel`` as a launch of ``plan`` with ``config`` on ``target`` would; the plan's tensors hold nothing
+    that is looked at.
+    """
+    like = {name: None if output.shape is None else output.dtype for name, output in plan.outputs.items()}
+    values = {name: argument(value) for name, value in plan.inputs.items()} | like
+    values |= {"SIZES": plan.sizes, **config.tiles}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return _compile(kernel.fn, values, options, target)
 
 
 def compile_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: str) -> Usage:
-    """Compile a recorded launch for `target` with the specialisations that a launch would make."""
-    names = kernel.arg_names
+    """Compile a recorded launch for ``target`` with the specialisations that a launch would make."""
     options = {key: kwargs[key] for key in _OPTIONS if key in kwargs}
-    values = dict(zip(names, args, strict=False)) | {key: value for key, value in kwargs.items() if key not in _OPTIONS}
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for i, name in enumerate(names):
-        value = values[name]
-        if kernel.params[i].is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if value < 2**31 else "i64"
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    return _compile(kernel, values | {k: v for k, v in kwargs.items() if k not in _OPTIONS}, options, target)
+
+
+def device_of(target: str) -> Device:
+    """What a record's heuristic and candidates are asked with."""
+    return Device("hip" if target.startswith("gfx") else target, "")
+
+
+class _Signature:
+    """Types of a kernel's arguments, tuples of arguments by their place in them, and what is known of the values."""
+
+    def __init__(self) -> None:
+        self.constants: dict[tuple[int, ...], Any] = {}
+        self.attributes: dict[tuple[int, ...], Any] = {}
+
+    def of(self, path: tuple[int, ...], value: Any, is_constant: bool = False) -> Any:
+        if is_constant or value is None or (isinstance(value, int) and value == 1):
+            self.constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            parts = [self.of((*path, i), part) for i, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if isinstance(value, (torch.Tensor, torch.dtype)):
+            self.attributes[path] = [["tt.divisibility", 16]]
+            return _POINTERS[value if isinstance(value, torch.dtype) else value.dtype]
+        if isinstance(value, int):
             if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    source = ASTSource(kernel, signature, constants, attributes)
+                self.attributes[path] = [["tt.divisibility", 16]]
+            return "i32" if value < 2**31 else "i64"
+        return "fp32"
+
+
+def _compile(kernel: Any, values: dict[str, Any], options: dict[str, Any], target: str) -> Usage:
+    types = _Signature()
+    signature = {
+        name: types.of((i,), values[name], kernel.params[i].is_constexpr) for i, name in enumerate(kernel.arg_names)
+    }
+    source = ASTSource(kernel, signature, types.constants, types.attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     if target.startswith("gfx"):
-        spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
-        registers = re.findall(r"\.vgpr_count:\s*(\d+)", compiled.asm["amdgcn"])
-        return Usage(compiled.metadata.shared, int(registers[0]), 4 * sum(map(int, spills)))
+        text = compiled.asm["amdgcn"]
+        spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)
+        registers = re.findall(r"\.vgpr_count:\s*(\d+)", text)
+        return Usage(compiled.metadata.shared, int(registers[0]), 4 * sum(map(int, spills)), text)
     registers_used, stack = _cubin_usage(compiled.asm["cubin"])
-    return Usage(compiled.metadata.shared, registers_used, stack)
+    return Usage(compiled.metadata.shared, registers_used, stack, compiled.asm["ptx"])
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
