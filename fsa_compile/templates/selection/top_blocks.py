@@ -1,0 +1,329 @@
+"""Selection of blocks: one launch of as many programs as the workspace has room for, each tile by tile of query rows.
+
+A program writes the scores of its rows' blocks into its slice of a workspace (as integers that order alike), then finds
+the best ones while they are still in cache. The search goes down a tree of maxima: of ``n`` nodes the winners lie under
+the ``n`` best nodes of the level above (ties to the lower id included), so that each step looks at ``FANOUT * n``
+candidates and never at a whole row. Forced blocks take no part: which they are is arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...tiling import Config, Device, next_power_of_2
+from ..kernel import SEQUENCES, Dense, Kernel, Output, Plan, Strided, sequences
+from ..sequences import Rows, Run, Sequences, run_of_tile
+from ..tiles import dense_strides, store_output
+from .scores import EXCLUDED, has_nodes, leaves_of, store_block_scores
+from .sizes import ROWS_IN_FLIGHT, SelectionSizes, workspace_width
+
+
+@triton.jit
+def tile_of(seqs: Sequences, item, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The ``item``-th piece of work: tile and key/value head, the longest rows first."""
+    if seqs.cu_seqlens_q is not None:
+        w = seqs.seq_len // BLOCK_M + seqs.num_seqs + 1 - item // SIZES.NUM_KV_HEADS
+        hk = item % SIZES.NUM_KV_HEADS
+    else:
+        tiles = tl.cdiv(seqs.seq_len, BLOCK_M)
+        each = seqs.num_seqs * SIZES.NUM_KV_HEADS
+        rest = item % each
+        w = rest // SIZES.NUM_KV_HEADS * tiles + (tiles - 1 - item // each)
+        hk = rest % SIZES.NUM_KV_HEADS
+    run, first = run_of_tile(seqs, w, BLOCK_M)
+    return run, first, hk
+
+
+@triton.jit
+def items_of(seqs: Sequences, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """How many pieces of work there are."""
+    if seqs.cu_seqlens_q is not None:
+        tiles = seqs.seq_len // BLOCK_M + seqs.num_seqs + 2
+    else:
+        tiles = seqs.num_seqs * tl.cdiv(seqs.seq_len, BLOCK_M)
+    return tiles * SIZES.NUM_KV_HEADS
+
+
+@triton.jit
+def my_item(turn):
+    """A program's piece of work in a turn: to and fro over the programs, so that costs that fall even out."""
+    p = tl.program_id(0)
+    return turn * tl.num_programs(0) + tl.where(turn % 2 == 0, p, tl.num_programs(0) - 1 - p)
+
+
+@triton.jit
+def scored_blocks(run, first, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """How many blocks the rows of a tile choose from; 0 where every row takes all that it has."""
+    last = run.offset + tl.minimum(first + BLOCK_M, run.num_rows) - 1
+    current = tl.where((last >= 0) & (first < run.num_rows), last // SIZES.BLOCK_SIZE, -1)
+    some = (current >= SIZES.NUM_SELECTED) & (SIZES.NEED > 0)
+    return tl.where(some, tl.maximum(current + 1 - SIZES.LOCAL_BLOCKS, 0), 0)
+
+
+@triton.jit
+def build_level(base, width, below, size_below, above, size_above, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Maxima of a level's nodes, ``FANOUT`` at a time, for BLOCK_M rows."""
+    NODES: tl.constexpr = 16
+    CHILDREN: tl.constexpr = NODES * SIZES.FANOUT
+    PART: tl.constexpr = min(BLOCK_M, 16)
+    for part in range(BLOCK_M // PART):
+        rows = base + (part * PART + tl.arange(0, PART)).to(tl.int64) * width
+        for start in range(0, size_above, NODES):
+            child = start * SIZES.FANOUT + tl.arange(0, CHILDREN)
+            keys = tl.load(rows[:, None] + (below + child)[None, :], mask=(child < size_below)[None, :], other=EXCLUDED)
+            best = tl.max(tl.reshape(keys, [PART, NODES, SIZES.FANOUT]), 2)
+            node = start + tl.arange(0, NODES)
+            tl.store(rows[:, None] + (above + node)[None, :], best, mask=(node < size_above)[None, :])
+
+
+@triton.jit
+def build_tree(base, width, num_blocks, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, FUSED: tl.constexpr):
+    """Build levels until one fits a step of the search. ``FUSED``: the first is there.
+
+    Returns how many there are above the blocks, where the top one begins and its size.
+    """
+    offset = num_blocks * 0
+    size = num_blocks
+    depth = num_blocks * 0
+    while size > SIZES.PICKS * SIZES.FANOUT:
+        above = offset + tl.cdiv(size, SIZES.FANOUT) * SIZES.FANOUT if depth == 0 else offset + size
+        size_above = tl.cdiv(size, SIZES.FANOUT)
+        if not FUSED:
+            build_level(base, width, offset, size, above, size_above, SIZES, BLOCK_M)
+            tl.debug_barrier()
+        elif depth > 0:
+            build_level(base, width, offset, size, above, size_above, SIZES, BLOCK_M)
+            tl.debug_barrier()
+        offset = above
+        size = size_above
+        depth += 1
+    return depth, offset, size
+
+
+@triton.jit
+def count(marks):
+    """Marks in each row."""
+    return tl.sum(tl.sum(marks.to(tl.int32), 1), 1)
+
+
+@triton.jit
+def ranks(marks):
+    """How many marks of the row come before each candidate."""
+    marks = marks.to(tl.int32)
+    each = tl.sum(marks, 2)  # [R, C]
+    return tl.cumsum(marks, 2) - marks + (tl.cumsum(each, 1) - each)[:, :, None]
+
+
+@triton.jit
+def best(keys, SIZES: tl.constexpr):
+    """Mark the ``NEED`` largest keys of each row, of equal ones the first; all there are, if fewer.
+
+    keys: ``[R, C, 32]``, candidate ``32 * c + lane`` of row ``r``, so that a row lies within a warp. The smallest key
+    that still counts is found bit by bit.
+    """
+    if SIZES.LOGITS:
+        lowest = tl.full([keys.shape[0]], EXCLUDED, tl.int32)
+        bits = 32
+    else:  # no key is negative
+        lowest = tl.zeros([keys.shape[0]], tl.int32)
+        bits = 31
+    for bit in range(bits):
+        trial = lowest ^ (tl.full([], 1, tl.int32) << (bits - 1 - bit))  # bit 31 turns the smallest int32 into 0
+        reached = count(keys >= trial[:, None, None])
+        lowest = tl.where(reached >= SIZES.NEED, trial, lowest)
+    above = keys > lowest[:, None, None]
+    equal = (keys == lowest[:, None, None]) & (keys != EXCLUDED)
+    room = SIZES.NEED - count(above)
+    return above | (equal & (ranks(equal) < room[:, None, None]))
+
+
+@triton.jit
+def search(base, width, picks, depth, offset, size, num_blocks, SIZES: tl.constexpr, ROWS: tl.constexpr):
+    """Write the ids of the best blocks of ROWS rows, ascending, to ``picks`` of each row's workspace."""
+    C: tl.constexpr = SIZES.PICKS * SIZES.FANOUT // 32
+    candidate = (tl.arange(0, C)[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
+    rows = base + (tl.arange(0, ROWS) * width)[:, None, None]
+    parent = candidate // SIZES.FANOUT + tl.zeros([ROWS, 1, 1], tl.int32)
+    found = tl.full([ROWS], SIZES.PICKS, tl.int32)
+    for step in range(depth + 1):
+        child = parent * SIZES.FANOUT + candidate % SIZES.FANOUT
+        exists = (candidate // SIZES.FANOUT < found[:, None, None]) & (child < size)
+        keys = tl.load(rows + (offset + child), mask=exists, other=EXCLUDED)
+        taken = best(keys, SIZES)
+        tl.store(rows + (picks + ranks(taken)), child, mask=taken)
+        found = count(taken)
+        tl.debug_barrier()
+        if step < depth:
+            parent = tl.load(rows + (picks + candidate // SIZES.FANOUT))
+            tl.debug_barrier()
+            level = depth - step - 1
+            size = level_size(num_blocks, level, SIZES)
+            offset = level_offset(num_blocks, level, SIZES)
+
+
+@triton.jit
+def level_size(num_blocks, level, SIZES: tl.constexpr):
+    """Nodes of a level of the tree; level 0 is the blocks."""
+    size = num_blocks
+    for _ in range(level):
+        size = tl.cdiv(size, SIZES.FANOUT)
+    return size
+
+
+@triton.jit
+def level_offset(num_blocks, level, SIZES: tl.constexpr):
+    """Where a level begins in a row of the workspace."""
+    offset = num_blocks * 0
+    size = leaves_of(num_blocks, SIZES)
+    for _ in range(level):
+        offset += size
+        size = tl.cdiv(size, SIZES.FANOUT)
+    return offset
+
+
+@triton.jit
+def chosen_blocks(base, width, picks, pos, SIZES: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """A row's blocks in order: the first ones, those found, the newest ones; or all that there are."""
+    col = tl.arange(0, BLOCK_S)[None, :]
+    current = tl.where(pos >= 0, pos // SIZES.BLOCK_SIZE, -1)[:, None]
+    all_of_them = current < SIZES.NUM_SELECTED
+    rows = base + tl.arange(0, ROWS).to(tl.int64) * width
+    found = col - SIZES.INIT_BLOCKS
+    is_found = (found >= 0) & (found < SIZES.NEED)
+    ids = tl.load(rows[:, None] + (picks + found), mask=is_found & (current >= SIZES.NUM_SELECTED), other=0)
+    newest = current - (SIZES.NUM_SELECTED - 1) + col
+    ids = tl.where(col < SIZES.INIT_BLOCKS, col, tl.where(is_found, ids, newest))
+    return tl.where(all_of_them, tl.where(col <= current, col, -1), ids)
+
+
+@triton.jit
+def first_token(run: Run, seqs: Sequences, SIZES: tl.constexpr):
+    """The row of ``k_cmp`` where a run's compressed tokens begin."""
+    return run.first_key // SIZES.KERNEL_STRIDE if seqs.cu_seqlens_q is not None else run.first_key * 0
+
+
+@triton.jit
+def prepare(
+    slot, width, q: Rows, k_cmp: Rows, lse, run: Run, seqs: Sequences, hk, first, scale, SIZES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Score what there is to choose from and build the tree over it; how many blocks that is, and ``build_tree``'s."""
+    num_blocks = scored_blocks(run, first, SIZES, BLOCK_M)
+    depth = num_blocks * 0
+    offset = num_blocks * 0
+    size = num_blocks
+    if num_blocks > 0:
+        start = first_token(run, seqs, SIZES)
+        store_block_scores(
+            slot, width, q, k_cmp, lse, run, seqs.seq_len, hk, first, start, num_blocks, scale, SIZES, BLOCK_M,
+            BLOCK_N, RESIDENT,
+        )  # fmt: skip
+        tl.debug_barrier()
+        depth, offset, size = build_tree(slot, width, num_blocks, SIZES, BLOCK_M, has_nodes(BLOCK_N, SIZES.STEPS, SIZES.FANOUT))
+    return num_blocks, depth, offset, size
+
+
+@triton.jit
+def select_blocks_kernel(
+    q: Rows, k_cmp: Rows, lse, block_indices, workspace, seqs: Sequences, width, scale, SIZES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RESIDENT: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    items = items_of(seqs, SIZES, BLOCK_M)
+    picks = width - SIZES.PICKS
+    slot = workspace + tl.program_id(0).to(tl.int64) * BLOCK_M * width
+    col = tl.arange(0, BLOCK_S)[None, :]
+    for turn in range(tl.cdiv(items, tl.num_programs(0))):
+        item = my_item(turn)
+        if item < items:
+            run, first, hk = tile_of(seqs, item, SIZES, BLOCK_M)
+            num_blocks, depth, offset, size = prepare(
+                slot, width, q, k_cmp, lse, run, seqs, hk, first, scale, SIZES, BLOCK_M, BLOCK_N, RESIDENT
+            )
+            for part in range(BLOCK_M // ROWS):
+                base = slot + part * ROWS * width
+                if num_blocks > 0:
+                    search(base, width, picks, depth, offset, size, num_blocks, SIZES, ROWS)
+                row = first + part * ROWS + tl.arange(0, ROWS)
+                ids = chosen_blocks(base, width, picks, run.offset + row, SIZES, ROWS, BLOCK_S)
+                mask = (row < run.num_rows)[:, None] & (col < SIZES.NUM_SELECTED)
+                t = (run.first_row + row)[:, None]
+                strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS, SIZES.NUM_SELECTED)
+                store_output(
+                    block_indices, (run.b, t, hk, col), strides, ids, mask, (ROWS, BLOCK_S)
+                )
+            tl.debug_barrier()
+
+
+def plan(
+    q: Any, k_cmp: Any, lse: Any, *seqs: Any, seq_len_k: Any, block_size: int, num_selected: int, kernel_size: int,
+    kernel_stride: int, init_blocks: int, local_blocks: int, pool: str, scale: float,
+) -> Plan:  # fmt: skip
+    """Ids ``[B, T, HK, S]``, and the workspace."""
+    sizes = SelectionSizes.of_call(
+        q, k_cmp, lse, block_size, num_selected, kernel_size, kernel_stride, init_blocks, local_blocks, pool
+    )
+    width = workspace_width(seq_len_k, sizes)
+    return Plan(
+        {
+            "q": Strided(q),
+            "k_cmp": Strided(k_cmp),
+            "lse": None if lse is None else Dense(lse),
+            "seqs": sequences(q, seq_len_k, seqs),
+            "width": width,
+            "scale": scale,
+        },
+        {
+            "block_indices": Output((*q.shape[:2], sizes.NUM_KV_HEADS, num_selected), torch.int32),
+            "workspace": Output((ROWS_IN_FLIGHT, width), torch.int32),
+        },
+        sizes,
+        (),
+    )
+
+
+def grid(extent: tuple[Any, ...], tiles: dict[str, Any], cdiv: Any) -> tuple[Any, Any, Any]:
+    """As many programs as the workspace has room for."""
+    return ROWS_IN_FLIGHT // tiles["BLOCK_M"], 1, 1
+
+
+def _config(sizes: SelectionSizes, block_m: int, block_n: int, rows: int, num_warps: int, num_stages: int) -> Config:
+    # A block's tokens in one tile, or 128 of them: then sums do not depend on the tile.
+    block_n = max(block_n, min(sizes.STEPS, 128))
+    resident = sizes.GROUP * block_m * sizes.row_bytes <= (65536 if block_m <= 64 else 131072)
+    rows = max(num_warps, min(rows, 8192 // (sizes.PICKS * sizes.FANOUT)))
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "RESIDENT": resident, "ROWS": rows}
+    tiles["BLOCK_S"] = next_power_of_2(sizes.NUM_SELECTED)
+    return Config(tiles, num_warps, num_stages)
+
+
+def heuristic(sizes: SelectionSizes, device: Device) -> Config:
+    """As measured on an H100."""
+    if sizes.ITEMSIZE == 4:
+        return _config(sizes, 64, 64 if sizes.BLOCK_D <= 128 else 32, 16, 8, 1)
+    if sizes.GROUP == 1:
+        return _config(sizes, 128, 128, 16, 8, 2)
+    return _config(sizes, 64, 64, 16, 4, 2)
+
+
+def candidates(sizes: SelectionSizes, device: Device) -> list[Config]:
+    """What is worth measuring."""
+    found = [heuristic(sizes, device)]
+    for block_m, block_n, num_warps in ((64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8)):
+        for num_stages in (2, 3):
+            one = _config(sizes, block_m, block_n, 16, num_warps, num_stages)
+            if one not in found:
+                found.append(one)
+    return found
+
+
+SELECT_BLOCKS = Kernel(
+    select_blocks_kernel,
+    f"_select_blocks(Tensor q, Tensor k_cmp, Tensor? lse, {SEQUENCES}, *, SymInt seq_len_k, int block_size, "
+    "int num_selected, int kernel_size, int kernel_stride, int init_blocks, int local_blocks, str pool, float scale) "
+    "-> (Tensor block_indices, Tensor workspace)",
+    plan, grid, heuristic, candidates, fuses_epilogue=False,
+)  # fmt: skip
