@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import functools
+import os
 import platform
 import statistics
+import subprocess
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,10 +22,25 @@ import fsa_compile
 RESULTS = Path(__file__).parent / "results"
 
 
+@functools.cache
+def commit() -> str:
+    """The commit that is measured: FSA_COMPILE_COMMIT, or the checkout's, with "-dirty" where it was changed."""
+    if given := os.environ.get("FSA_COMPILE_COMMIT"):
+        return given
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
 def versions(device: torch.device) -> dict[str, str]:
-    """What a number was measured with."""
+    """What a number was measured with, and when."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(),
         "device": name,
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -38,31 +58,71 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], device: torch.devic
         writer.writerows(rows)
 
 
+class Times(NamedTuple):
+    """The 20th, 50th and 80th percentile of a run's milliseconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, milliseconds: list[float]) -> Times:
+        """Percentiles, interpolated between the two nearest runs."""
+        if len(milliseconds) == 1:
+            return cls(*milliseconds * 3)
+        tenths = statistics.quantiles(milliseconds, n=10, method="inclusive")
+        return cls(tenths[1], statistics.median(milliseconds), tenths[7])
+
+    def columns(self) -> dict[str, str]:
+        """As a row has them."""
+        return {f"{name}_ms": f"{value:.4f}" for name, value in self._asdict().items()}
+
+
+def timings(
+    variants: Mapping[Any, Callable[..., Any]],
+    *,
+    prepare: Mapping[Any, Callable[[], Any]] | None = None,
+    rounds: int = 10,
+    warmup: int = 2,
+    seconds: float = float("inf"),
+    device: torch.device | str = "cuda",
+) -> dict[Any, Times]:
+    """Milliseconds of each variant; they take turns, so that drift of a shared machine hits all alike.
+
+    What a variant's `prepare` returns is its argument and not in its time. After `seconds`, three rounds are enough.
+    """
+    device = torch.device(device)
+    prepare = prepare or {}
+    times: dict[Any, list[float]] = {name: [] for name in variants}
+    begin = time.perf_counter()
+    for i in range(-warmup, rounds):
+        if i >= 3 and time.perf_counter() - begin > seconds:
+            break
+        for name, run in variants.items():
+            arguments = (prepare[name](),) if name in prepare else ()
+            milliseconds = _once(run, arguments, device)
+            if i >= 0:
+                times[name].append(milliseconds)
+    return {name: Times.of(values) for name, values in times.items()}
+
+
 def measure(
     variants: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 2, device: torch.device | str = "cuda"
 ) -> dict[str, float]:
-    """Median milliseconds of each variant; they take turns, so that drift of a shared machine hits all alike."""
-    for _ in range(warmup):
-        for run in variants.values():
-            run()
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, run in variants.items():
-            times[name].append(_once(run, torch.device(device)))
-    return {name: statistics.median(values) for name, values in times.items()}
+    """The medians of `timings`."""
+    found = timings(variants, rounds=rounds, warmup=warmup, device=device)
+    return {name: times.p50 for name, times in found.items()}
 
 
-def _once(run: Callable[[], Any], device: torch.device) -> float:
+def _once(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> float:
     if device.type != "cuda":
-        import time
-
         start = time.perf_counter()
-        run()
+        run(*arguments)
         return (time.perf_counter() - start) * 1e3
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     begin.record()
-    run()
+    run(*arguments)
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fsa_compile
-from benchmarks.common import measure, write_csv
+from benchmarks.common import timings, write_csv
 from fsa_compile import cost
 from fsa_compile.lowering import lower
 from fsa_compile.ops.problem import device_of, problem_of
@@ -119,7 +119,7 @@ def one(options: argparse.Namespace, group: int, locality: str, block_indices: T
         runs["gated", order, "fused"] = compiled(gated(order), *args, *branches)
         runs["gated", order, "separate"] = compiled(gated(order), *args, *branches, fuse=False)
     with torch.no_grad():
-        times = measure(runs, rounds=options.rounds)  # type: ignore[type-var, arg-type]
+        times = timings(runs, rounds=options.rounds)
     chosen = {
         "forward": cost.choose(problem, device_of(q)),
         "backward": cost.choose(problem, device_of(q), backward=True),
@@ -134,7 +134,8 @@ def one(options: argparse.Namespace, group: int, locality: str, block_indices: T
             "what": what,
             "order": order,
             "variant": variant,
-            "ms": round(ms, 3),
+            "ms": round(ms.p50, 3),
+            **ms.columns(),
             "predicted_ms": round(chosen[what].costs[order] * 1e3, 3) if what in chosen else "",
             "chosen": chosen[what].order if what in chosen else "",
             "target": TARGETS.get((group, order), "") if (what, variant) == ("forward", "eager") else "",

@@ -1,0 +1,106 @@
+"""Plots from the CSVs of `benchmarks.whole`, and from nothing else: time and peak memory over the length.
+
+    python -m benchmarks.plot benchmarks/results/whole_h100.csv --out benchmarks/results
+
+One picture a kind: `<name>_whole.png` (forward, training step), `<name>_stages.png`, `<name>_memory.png`. Points are
+medians, bars reach from the 20th to the 80th percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _series(rows: list[Row], what: str, name: str) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if (row["what"], row["pass"]) == (what, name):
+            found[row["provider"]].append(row)
+    return {provider: sorted(points, key=lambda row: int(row["seq_len"])) for provider, points in found.items()}
+
+
+def _draw(axis: Any, series: dict[str, list[Row]], column: str, title: str, unit: str) -> None:
+    for provider, points in series.items():
+        points = [row for row in points if row[column] and float(row[column]) > 0]
+        x, y = [int(row["seq_len"]) for row in points], [float(row[column]) for row in points]
+        if not points:
+            continue
+        if column == "p50_ms":
+            low = [max(0.0, m - float(row["p20_ms"])) for m, row in zip(y, points, strict=True)]
+            high = [max(0.0, float(row["p80_ms"]) - m) for m, row in zip(y, points, strict=True)]
+            axis.errorbar(x, y, [low, high], marker="o", markersize=3, capsize=2, label=provider)
+        else:
+            axis.plot(x, y, marker="o", markersize=3, label=provider)
+    axis.set_title(title)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("seq_len")
+    axis.set_ylabel(unit)
+    axis.grid(alpha=0.3)
+    if axis.has_data():
+        axis.legend(fontsize=7)
+
+
+def plot(rows: list[Row], name: str, out: Path) -> list[Path]:
+    """The pictures of one CSV; those that would be empty are left out."""
+    there = {(row["what"], row["pass"]) for row in rows}
+    stages = [(w, p) for w, p in dict.fromkeys((row["what"], row["pass"]) for row in rows) if w != "whole"]
+    measured = {(row["what"], row["pass"]) for row in rows if row["peak_mib"]}
+    whole = [("whole", p) for p in ("forward", "step") if ("whole", p) in there]
+    kinds = {
+        "whole": (whole, "p50_ms", "ms"),
+        "stages": (stages, "p50_ms", "ms"),
+        "memory": ([pair for pair in whole if pair in measured], "peak_mib", "MiB beyond inputs and results"),
+    }
+    first, written = rows[0], []
+    for kind, (pairs, column, unit) in kinds.items():
+        if not pairs:
+            continue
+        columns = min(3, len(pairs))
+        lines = -(-len(pairs) // columns)
+        figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.6 * lines), squeeze=False)
+        for axis in axes.flat[len(pairs) :]:
+            axis.remove()
+        for axis, (what, name_of_pass) in zip(axes.flat, pairs, strict=False):
+            _draw(axis, _series(rows, what, name_of_pass), column, f"{what}, {name_of_pass}", unit)
+        heads = f"{first['num_q_heads']}/{first['num_kv_heads']} heads, head_dim {first['head_dim']}, {first['dtype']}"
+        figure.suptitle(f"{first['device']}, {heads}, {first['date']}, {first['commit']}", fontsize=9)
+        figure.tight_layout()
+        out.mkdir(parents=True, exist_ok=True)
+        written.append(out / f"{name}_{kind}.png")
+        figure.savefig(written[-1], dpi=150)
+        plt.close(figure)
+    return written
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder")
+    options = parser.parse_args(arguments)
+    for path in options.csv:
+        for picture in plot(read(path), path.stem, options.out):
+            print(picture)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
