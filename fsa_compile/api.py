@@ -5,11 +5,15 @@ Conventions shared by all of them:
 - Layout is `[batch, seq_len, heads, head_dim]`, contiguous or not; q, k, v and what is compressed from them share one
   of bfloat16, float16 and float32. `num_q_heads` is a multiple of `num_kv_heads`; query head `h` reads key/value head
   `h // gqa_group_size`. Head dims are at most 256, multiples of 16 are fast. Softmax and sums are in float32.
-- The queries are the last `seq_len` of `seq_len_k >= seq_len` positions.
+- The queries are the last `seq_len` of `seq_len_k` positions; one that would stand before the first key sees nothing.
 - Packed sequences have batch 1, `[1, total_len, heads, head_dim]`, and `cu_seqlens_q` int32 `[num_seqs + 1]` on the
   same device, the starts of the sequences and the total length; `cu_seqlens_k` likewise, if the keys' lengths differ.
   `max_seqlen_q` and `max_seqlen_k` are optional upper bounds in tokens. Positions and block ids restart at each
-  sequence.
+  sequence. A row before the first or after the last sequence has output 0, lse -inf and no gradient.
+- Padded batches and caches: `seqused_k` and `leftpad_k`, int32 `[batch]`, say that the keys of batch row `b` are rows
+  `leftpad_k[b]` to `seqused_k[b] - 1`. Positions, blocks and windows count from `leftpad_k[b]`, and the queries are the
+  last of those positions. Other rows are never read and have no gradient. Not together with `cu_seqlens`.
+- Empty batches and lengths give empty results.
 - `scale` multiplies the logits; None means `head_dim ** -0.5`.
 - `lse` is the natural log-sum-exp of a row's logits, float32. A row that sees no key has output 0 and lse -inf.
 - `loop_order`: "fsa" iterates over key blocks outside and queries inside, "nsa" the other way round, "auto" takes the
@@ -62,6 +66,8 @@ def nsa_attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     loop_order: str = "auto",
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> Tensor:
     """Native Sparse Attention: `g_cmp * compressed + g_slc * selected + g_swa * sliding window` (NSA, equation 5).
 
@@ -87,7 +93,7 @@ def nsa_attention(
         init_blocks: first blocks of the sequence, always selected.
         local_blocks: newest blocks, always selected, the query's own counted.
         window_size: keys the sliding window sees, the query's own counted; 0 leaves the branch out.
-        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, loop_order: see the module.
+        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, loop_order, seqused_k, leftpad_k: see the module.
 
     Returns:
         (batch, seq_len, num_q_heads, head_dim_v), contiguous, dtype of q.
@@ -116,9 +122,11 @@ def nsa_attention(
         scale=scale,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=_hint(max_seqlen_q),
+        max_seqlen_k=_hint(max_seqlen_k),
         loop_order=loop_order,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
     )
 
 
@@ -135,6 +143,8 @@ def selected_attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     loop_order: str = "auto",
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact causal attention over the tokens of the blocks that each query selected (NSA, section 3.3.2).
 
@@ -146,7 +156,7 @@ def selected_attention(
             `[j * block_size, (j + 1) * block_size)` of the sequence. Any order, -1 anywhere for no block; an id may not
             repeat within a row. One that is out of range or in the future contributes nothing.
         block_size: tokens in a block, a power of two, at least 16.
-        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, loop_order: see the module.
+        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, loop_order, seqused_k, leftpad_k: see the module.
 
     Returns:
         out: (batch, seq_len, num_q_heads, head_dim_v), contiguous, dtype of q.
@@ -165,9 +175,11 @@ def selected_attention(
         scale=scale,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=_hint(max_seqlen_q),
+        max_seqlen_k=_hint(max_seqlen_k),
         loop_order=loop_order,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
     )
 
 
@@ -184,6 +196,8 @@ def compressed_attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the compressed tokens whose whole window is in the past (NSA, section 3.3.1).
 
@@ -195,7 +209,8 @@ def compressed_attention(
         v_cmp: (batch, num_compressed, num_kv_heads, head_dim_v), dtype of q.
         kernel_size, kernel_stride: the windows that were compressed, in tokens.
         seq_len_k: length of the keys before compression (packed: their total length). None means seq_len.
-        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: see the module, in uncompressed tokens.
+        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k: see the module, in
+            uncompressed tokens.
 
     Returns:
         out: (batch, seq_len, num_q_heads, head_dim_v), contiguous, dtype of q.
@@ -215,15 +230,17 @@ def compressed_attention(
         scale=scale,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=_hint(max_seqlen_q),
+        max_seqlen_k=_hint(max_seqlen_k),
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
     )
 
 
 def select_blocks(
     q: Tensor,
     k_cmp: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     *,
     block_size: int = 64,
     num_selected: int = 16,
@@ -237,6 +254,9 @@ def select_blocks(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    pool: str = "overlap",
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> Tensor:
     """The blocks with the highest scores, the forced ones first (NSA, equations 8 to 12). No gradient.
 
@@ -246,14 +266,19 @@ def select_blocks(
     Args:
         q: (batch, seq_len, num_q_heads, head_dim), bf16/fp16/fp32.
         k_cmp: (batch, num_compressed, num_kv_heads, head_dim), dtype of q, as in `compressed_attention`.
-        lse: (batch, seq_len, num_q_heads), float32, from `compressed_attention`.
+        lse: (batch, seq_len, num_q_heads), float32, from `compressed_attention`; or from a coarser one, as in
+            InfLLM-V2. None, with `pool="max"` only, scores by bare logits: a token's score is the sum of the group's
+            scaled logits, and a block with nothing visible ranks behind all others.
         block_size: tokens in a block, a power of two, at least 16.
         num_selected: blocks to select, forced ones included; at least `init_blocks + local_blocks`.
         kernel_size, kernel_stride: the windows that were compressed, in tokens; kernel_stride divides block_size.
         init_blocks: first blocks of the sequence, always selected.
         local_blocks: newest blocks, always selected, the query's own counted.
         seq_len_k: length of the keys before compression (packed: their total length). None means seq_len.
-        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: see the module, in uncompressed tokens.
+        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k: see the module, in
+            uncompressed tokens.
+        pool: "overlap" adds up a block's compressed tokens, once for each stride that they share with it; "max" takes
+            the largest of those that touch it.
 
     Returns:
         block_indices: (batch, seq_len, num_kv_heads, num_selected), int32, ascending, -1 filling the end where there
@@ -277,8 +302,11 @@ def select_blocks(
         scale=scale,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=_hint(max_seqlen_q),
+        max_seqlen_k=_hint(max_seqlen_k),
+        pool=pool,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
     )
 
 
@@ -293,6 +321,8 @@ def sliding_window_attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention over the query's own key and the `window_size - 1` before it (NSA, section 3.3.3).
 
@@ -301,7 +331,7 @@ def sliding_window_attention(
         k: (batch, seq_len_k, num_kv_heads, head_dim), dtype of q.
         v: (batch, seq_len_k, num_kv_heads, head_dim_v), dtype of q.
         window_size: keys a query sees, at least 1.
-        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: see the module.
+        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k: see the module.
 
     Returns:
         out: (batch, seq_len, num_q_heads, head_dim_v), contiguous, dtype of q.
@@ -319,13 +349,21 @@ def sliding_window_attention(
         scale=scale,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=_hint(max_seqlen_q),
+        max_seqlen_k=_hint(max_seqlen_k),
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
     )
 
 
 def mean_compress(
-    x: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None
+    x: Tensor,
+    *,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    cu_seqlens: Tensor | None = None,
+    seqused: Tensor | None = None,
+    leftpad: Tensor | None = None,
 ) -> Tensor:
     """The mean of each window of keys or values, the simplest compression of NSA's equation 7. Differentiable.
 
@@ -336,6 +374,8 @@ def mean_compress(
         kernel_size: tokens in a window, a multiple of kernel_stride.
         kernel_stride: tokens from one window to the next.
         cu_seqlens: (num_seqs + 1), int32, for packed sequences (batch 1); see the module.
+        seqused, leftpad: (batch), int32, for padded batches: the end and the start of each batch row's tokens. The
+            windows count from the start, and their means from row 0 on; rows that are none of a window are 0.
 
     Returns:
         (batch, max(0, (seq_len - kernel_size) // kernel_stride + 1), num_kv_heads, head_dim), dtype of x. Packed: (1,
@@ -347,5 +387,15 @@ def mean_compress(
         TypeError: a dtype does not fit.
     """
     return torch.ops.fsa.mean_compress.default(
-        x, kernel_size=kernel_size, kernel_stride=kernel_stride, cu_seqlens=cu_seqlens
+        x,
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        cu_seqlens=cu_seqlens,
+        seqused=seqused,
+        leftpad=leftpad,
     )
+
+
+def _hint(max_seqlen: int | None) -> int | None:
+    """A length that only the device knows is no hint: reading it would wait, and break a compiled graph."""
+    return None if isinstance(max_seqlen, Tensor) else max_seqlen

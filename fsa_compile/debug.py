@@ -18,9 +18,9 @@ def validate(on: bool = True) -> None:
     """Switch the checks of values on or off (off after import, unless the environment has `FSA_COMPILE_VALIDATE=1`).
 
     While on, every eager `fsa` operator reads its index tensors back to the host and raises ValueError for a block id
-    that is out of range, in the future or repeated within a row, and for `cu_seqlens` that do not start at 0, decrease,
-    or do not end at the total length. Each check waits for the device, and none runs inside compiled code that has
-    replaced the operator by kernels.
+    that is out of range, in the future or repeated within a row, for `cu_seqlens` that decrease or lie outside the rows
+    there are, and for `seqused_k` and `leftpad_k` out of range. Each check waits for the device, and none runs inside
+    compiled code that has replaced the operator by kernels.
     """
     global _validating
     _validating = bool(on)
@@ -34,28 +34,46 @@ def is_validating() -> bool:
 def check_values(op: str, arguments: Mapping[str, Any]) -> None:
     """Raise ValueError for the first wrong value among `arguments`, those of one call of `fsa::op` by name.
 
-    Understands block_indices, cu_seqlens, cu_seqlens_q and cu_seqlens_k, with the lengths that bound them.
+    Understands block_indices, cu_seqlens, cu_seqlens_q, cu_seqlens_k, seqused(_k) and leftpad(_k), with the lengths
+    that bound them.
     """
     seq_len, seq_len_k = _lengths(arguments)
     _bounds(op, "cu_seqlens", arguments.get("cu_seqlens"), seq_len)
     cu_seqlens = _bounds(op, "cu_seqlens_q", arguments.get("cu_seqlens_q"), seq_len)
     cu_seqlens_k = _bounds(op, "cu_seqlens_k", arguments.get("cu_seqlens_k"), seq_len_k) or cu_seqlens
-    if cu_seqlens is not None and cu_seqlens_k is not None:
-        for i in range(len(cu_seqlens) - 1):
-            length, length_k = cu_seqlens[i + 1] - cu_seqlens[i], cu_seqlens_k[i + 1] - cu_seqlens_k[i]
-            if length > length_k:
-                raise ValueError(
-                    f"fsa::{op}: sequence {i} has {length} queries in cu_seqlens_q and {length_k} keys in "
-                    "cu_seqlens_k, but it should have at least as many keys"
-                )
+    lengths = _padding(op, arguments, seq_len_k)
     block_indices = arguments.get("block_indices")
     if block_indices is None:
+        return
+    if lengths is not None:
+        for b, length in enumerate(lengths):
+            _check_blocks(op, block_indices[b : b + 1].cpu().long(), length, arguments["block_size"], 0, b)
         return
     if cu_seqlens is None or cu_seqlens_k is None:
         cu_seqlens, cu_seqlens_k = [0, seq_len], [0, seq_len_k]
     for i in range(len(cu_seqlens) - 1):
         rows = block_indices[:, cu_seqlens[i] : cu_seqlens[i + 1]].cpu().long()
         _check_blocks(op, rows, cu_seqlens_k[i + 1] - cu_seqlens_k[i], arguments["block_size"], cu_seqlens[i])
+
+
+def _padding(op: str, arguments: Mapping[str, Any], seq_len_k: int) -> list[int] | None:
+    """How many keys each batch row has, None if they are not told."""
+    suffix = "" if "seqused" in arguments else "_k"
+    used, left = arguments.get(f"seqused{suffix}"), arguments.get(f"leftpad{suffix}")
+    if used is None and left is None:
+        return None
+    ends = [seq_len_k] * len(left) if used is None else used.tolist()  # type: ignore[arg-type]
+    starts = [0] * len(ends) if left is None else left.tolist()
+    for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        if not 0 <= end <= seq_len_k:
+            raise ValueError(
+                f"fsa::{op}: seqused{suffix}[{b}] is {end}, but it should be from 0 to {seq_len_k}, the rows of keys"
+            )
+        if not 0 <= start <= end:
+            raise ValueError(
+                f"fsa::{op}: leftpad{suffix}[{b}] is {start}, but it should be from 0 to {end}, where the keys end"
+            )
+    return [end - start for start, end in zip(starts, ends, strict=True)]
 
 
 def _lengths(arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -75,20 +93,20 @@ def _bounds(op: str, name: str, cu_seqlens: Tensor | None, total: int) -> list[i
     if cu_seqlens is None:
         return None
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0:
-        raise ValueError(f"fsa::{op}: {name} starts at {bounds[0]}, but it should start at 0")
+    if bounds[0] < 0:
+        raise ValueError(f"fsa::{op}: {name} starts at {bounds[0]}, but it should not be negative")
     for i in range(len(bounds) - 1):
         if bounds[i] > bounds[i + 1]:
             raise ValueError(
                 f"fsa::{op}: {name} decreases from {bounds[i]} to {bounds[i + 1]} at index {i + 1}, but it should not"
             )
-    if bounds[-1] != total:
-        raise ValueError(f"fsa::{op}: {name} ends at {bounds[-1]}, but it should end at the total length, {total}")
+    if bounds[-1] > total:
+        raise ValueError(f"fsa::{op}: {name} ends at {bounds[-1]}, but it should end within the {total} rows there are")
     return bounds
 
 
-def _check_blocks(op: str, rows: Tensor, seq_len_k: int, block_size: int, first_row: int) -> None:
-    """`rows`: [B, T, HK, S], block ids of one sequence, whose first query is row `first_row` of the whole tensor."""
+def _check_blocks(op: str, rows: Tensor, seq_len_k: int, block_size: int, first_row: int, first_batch: int = 0) -> None:
+    """`rows`: [B, T, HK, S], block ids of one sequence, whose first query is that row of the whole tensor."""
     num_blocks = -(-seq_len_k // block_size)
     position = torch.arange(seq_len_k - rows.shape[1], seq_len_k)[:, None, None]
     ordered = rows.sort(-1).values
@@ -101,6 +119,6 @@ def _check_blocks(op: str, rows: Tensor, seq_len_k: int, block_size: int, first_
         if wrong.any():
             b, t, h, s = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"fsa::{op}: block_indices[{b}, {first_row + t}, {h}] holds block id {int(values[b, t, h, s])}, "
-                f"but a block id should {should}"
+                f"fsa::{op}: block_indices[{first_batch + b}, {first_row + t}, {h}] holds block id "
+                f"{int(values[b, t, h, s])}, but a block id should {should}"
             )

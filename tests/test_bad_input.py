@@ -88,9 +88,6 @@ BAD = (
     Bad("head_dim", NSA, put(k=lambda k: k[..., :8]), V, r"k has shape \(2, 40, 2, 8\), but it should be .*head_dim=16\]"),
     Bad("batch", SELECTED, put(k=lambda k: k[:1]), V, r"k has shape \(1, 40, 2, 16\).*batch is 1, not 2"),
     Bad("v_length", SELECTED, put(v=lambda v: v[:, :39]), V, r"v has shape.*seq_len_k is 39, not 40"),
-    Bad("fewer_keys", SELECTED, put(k=lambda k: k[:, :30], v=lambda v: v[:, :30]), V, r"seq_len_k is 30 and seq_len is 40.*seq_len_k should be at least seq_len"),
-    Bad("fewer_keys_given", COMPRESSED, put(seq_len_k=20, k_cmp=lambda k: k[:, :4], v_cmp=lambda v: v[:, :4]), V, r"seq_len_k is 20 and seq_len is 40"),
-    Bad("no_queries", SELECTED, put(q=lambda q: q[:, :0], block_indices=lambda b: b[:, :0]), V, r"seq_len is 0, but it should be at least 1"),
     Bad("no_blocks", SELECTED, put(block_indices=lambda b: b[..., :0]), V, r"num_selected is 0, but it should be at least 1"),
     Bad("no_heads", SLIDING, put(k=lambda k: k[:, :, :0], v=lambda v: v[:, :, :0]), V, r"num_kv_heads is 0, but it should be at least 1"),
     Bad("wide", SLIDING, put(q=ones(2, 40, 4, 257), k=ones(2, 40, 2, 257)), V, r"head_dim is 257, but it should be at most 256"),
@@ -119,6 +116,8 @@ BAD = (
     Bad("negative_forced", SELECT, put(local_blocks=-1), V, r"local_blocks is -1, but it should not be negative"),
     Bad("window", NSA, put(window_size=-1), V, r"window_size is -1, but it should be at least 1, or 0 for no window"),
     Bad("window_zero", SLIDING, put(window_size=0), V, r"window_size is 0, but it should be at least 1"),
+    Bad("pool", SELECT, put(pool="mean"), V, r"pool is 'mean', but it should be one of 'overlap', 'max'"),
+    Bad("no_lse", SELECT, put(lse=None), V, r"lse is None, but it should be given, as pool is 'overlap'"),
     Bad("loop_order", SELECTED, put(loop_order="flash"), V, r"loop_order is 'flash', but it should be one of 'auto', 'fsa', 'nsa'"),
     Bad("loop_order_nsa", NSA, put(loop_order="NSA"), V, r"loop_order is 'NSA'"),
     # packed sequences
@@ -129,6 +128,14 @@ BAD = (
     Bad("packed_counts", SELECTED, put(cu_seqlens_k=cu(0, 104)), V, r"cu_seqlens_k has shape \(2,\), but it should be \[num_seqs \+ 1=4\]", NAMED["packed_more_keys"]),
     Bad("packed_lengths", SELECTED, put(cu_seqlens_k=None), V, r"cu_seqlens_k is None.*41 queries and 104 keys", NAMED["packed_more_keys"]),
     Bad("max_seqlen", SELECTED, put(max_seqlen_q=-1), V, r"max_seqlen_q is -1, but it should not be negative", PACKED),
+    # padded batches
+    Bad("seqused_dtype", SELECTED, put(seqused_k=ones(2)), T, r"seqused_k is torch.float32, but it should be torch.int32"),
+    Bad("seqused_shape", COMPRESSED, put(seqused_k=cu(1, 2, 3)), V, r"seqused_k has shape \(3,\), but it should be \[batch=2\]"),
+    Bad("leftpad_rank", NSA, put(leftpad_k=cu(1, 2)[None]), V, r"leftpad_k has 2 dimensions.*\[batch=2\]"),
+    Bad("leftpad_mean", MEAN, put(leftpad=cu(1, 2).long()), T, r"leftpad is torch.int64, but it should be torch.int32"),
+    Bad("seqused_packed", SLIDING, put(seqused_k=cu(1)), V, r"seqused_k is given with cu_seqlens_q, but it is for padded batches", PACKED),
+    Bad("leftpad_packed", SELECT, put(leftpad_k=cu(1)), V, r"leftpad_k is given with cu_seqlens_q", PACKED),
+    Bad("seqused_packed_mean", MEAN, put(seqused=cu(1)), V, r"seqused is given with cu_seqlens, but it is for padded batches", PACKED),
     # devices
     Bad("device_k", SELECTED, put(k=lambda k: k.to("meta")), V, r"k is on meta, but it should be on cpu, where q is"),
     Bad("device_blocks", SELECTED, put(block_indices=lambda b: b.to("meta")), V, r"block_indices is on meta, but it should be on cpu"),
@@ -272,20 +279,28 @@ def test_wrong_cu_seqlens_are_found_when_asked(device: str, op: str, validating:
     name = "cu_seqlens" if op == MEAN else "cu_seqlens_q"
     call.op()(*call.args, **call.options)
     for bounds, message in (
-        ((3, 37, 38, 102, 117), r"starts at 3, but it should start at 0"),
+        ((-3, 37, 38, 102, 117), r"starts at -3, but it should not be negative"),
         ((0, 38, 37, 102, 117), r"decreases from 38 to 37 at index 2"),
-        ((0, 37, 38, 102, 116), r"ends at 116, but it should end at the total length, 117"),
+        ((0, 37, 38, 102, 118), r"ends at 118, but it should end within the 117 rows there are"),
     ):
         options = {**call.options, name: cu(*bounds).to(device)}
         with pytest.raises(ValueError, match=message):
             call.op()(*call.args, **options)
 
 
-def test_sequences_with_more_queries_than_keys_are_found_when_asked(device: str, validating: None) -> None:
-    call = call_of(SELECTED, make_inputs(NAMED["packed_more_keys"], device))
-    options = {**call.options, "cu_seqlens_k": cu(0, 5, 81, 104).to(device)}
-    with pytest.raises(ValueError, match=r"sequence 0 has 9 queries in cu_seqlens_q and 5 keys in cu_seqlens_k"):
-        call.op()(*call.args, **options)
+@pytest.mark.parametrize("op", [SELECTED, SLIDING, COMPRESSED, SELECT, NSA, MEAN])
+def test_wrong_paddings_are_found_when_asked(device: str, op: str, validating: None) -> None:
+    x = make_inputs(Spec(batch=2, seq_len=40, blocks="local"), device)
+    call = selection_of(x) if op == SELECT else call_of(op, x)
+    suffix = "" if op == MEAN else "_k"  # of the whole's keys, the mean is the first to see them
+    for used, left, message in (
+        ((40, 41), (0, 0), r"seqused(_k)?\[1\] is 41, but it should be from 0 to 40"),
+        ((-1, 40), (0, 0), r"seqused(_k)?\[0\] is -1, but it should be from 0 to 40"),
+        ((40, 30), (0, 31), r"leftpad(_k)?\[1\] is 31, but it should be from 0 to 30"),
+    ):
+        options = {**call.options, f"seqused{suffix}": cu(*used).to(device), f"leftpad{suffix}": cu(*left).to(device)}
+        with pytest.raises(ValueError, match=message):
+            call.op()(*call.args, **options)
 
 
 def test_the_environment_switches_validation_on() -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib import import_module
+from importlib.util import find_spec
 
 from . import autograd as autograd
 from . import composite as composite
-from . import cpu as cpu
-from . import dense as dense
-from . import fakes as fakes
 from . import schema as schema
+from . import transforms as transforms
 
-if importlib.util.find_spec("triton") is not None:  # where there is no Triton (macOS), the CPU still works
+_STAGES = ("compressed", "compression", "selected", "selection", "window")
+
+for _stage in _STAGES:
+    import_module(f".{_stage}.cpu", __name__)
+if find_spec("triton") is not None:  # where there is no Triton (macOS), the CPU still works
     from . import kernels as kernels
-    from .selected import orders as orders
+
+    for _stage in _STAGES:
+        import_module(f".{_stage}.{'orders' if _stage == 'selected' else 'cuda'}", __name__)
+
+from . import fallback as fallback  # last: what no kernel has taken

@@ -6,6 +6,7 @@ that the operator needs anyway, and an unbacked one is taken on trust.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,8 @@ __all__ = ["LOOP_ORDERS", "MAX_HEAD_DIM", "Call", "Size", "compressed_length", "
 LOOP_ORDERS = ("auto", "fsa", "nsa")
 MAX_HEAD_DIM = 256
 MIN_BLOCK_SIZE = 16
+_AT_LEAST_ONE = ("num_q_heads", "num_kv_heads", "head_dim", "head_dim_v", "num_selected")
+POOLS = ("overlap", "max")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Size: TypeAlias = int | SymInt
@@ -42,18 +45,15 @@ def _true(condition: Any) -> bool:
 
 
 def compressed_length(seq_len: Size, kernel_size: int, kernel_stride: int) -> Size:
-    """Number of compressed tokens of one sequence (SPEC stage 1)."""
-    length = (seq_len - kernel_size) // kernel_stride + 1
-    if not isinstance(seq_len, int):
-        from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
-
-        if has_free_unbacked_symbols(seq_len):
-            return torch.sym_max(0, length)
-    return length if seq_len >= kernel_size else 0
+    """Number of compressed tokens of one sequence, without a guard on its length."""
+    length = seq_len // kernel_stride - (kernel_size // kernel_stride - 1)
+    if kernel_size == kernel_stride:  # never negative
+        return length
+    return max(0, length) if isinstance(seq_len, int) else torch.sym_max(0, length)
 
 
 def packed_compressed_length(total_len: Size, kernel_stride: int) -> Size:
-    """Number of rows that hold the compressed tokens of packed sequences, padding included (SPEC stage 1)."""
+    """Number of rows that hold the compressed tokens of packed sequences, padding included."""
     return total_len // kernel_stride
 
 
@@ -72,25 +72,28 @@ class Call:
     def fail(self, message: str) -> ValueError:
         return ValueError(f"fsa::{self.op}: {message}")
 
-    def _layout(self, layout: tuple[str, ...]) -> str:
-        return "[" + ", ".join(f"{d}={self.dims[d]}" if d in self.dims else d for d in layout) + "]"
+    def _layout(self, layout: tuple[str, ...], dims: dict[str, Size]) -> str:
+        return "[" + ", ".join(f"{d}={dims[d]}" if d in dims else d for d in layout) + "]"
 
     def _shaped(self, name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
         shape = tensor.shape
         if len(shape) != len(layout):
             raise self.fail(
                 f"{name} has {len(shape)} dimensions, shape {tuple(shape)}, "
-                f"but it should have {len(layout)}: {self._layout(layout)}"
+                f"but it should have {len(layout)}: {self._layout(layout, self.dims)}"
             )
         dims = self.dims
+        before = len(dims)
         for dim, size in zip(layout, shape, strict=True):
             known = dims.get(dim)
-            if known is not None and known is not size and _true(known != size):
+            if known is None:
+                dims[dim] = size
+            elif known is not size and _true(known != size):
+                named = dict(itertools.islice(dims.items(), before))
                 raise self.fail(
-                    f"{name} has shape {tuple(shape)}, but it should be {self._layout(layout)} "
+                    f"{name} has shape {tuple(shape)}, but it should be {self._layout(layout, named)} "
                     f"({dim} is {size}, not {known})"
                 )
-        dims.update(zip(layout, shape, strict=True))
         if self.device is None:
             self.device = tensor.device
         elif tensor.device != self.device:
@@ -129,10 +132,10 @@ class Call:
         self._shaped(name, tensor, ROWS)
 
     def heads(self) -> None:
-        """Grouped query heads, bounded head dims, no empty dimension, no more queries than keys."""
+        """Grouped query heads, bounded head dims; neither may be none. Lengths and batch may."""
         dims = self.dims
-        for name, size in dims.items():
-            if name != "num_compressed" and _true(size == 0):
+        for name in _AT_LEAST_ONE:
+            if name in dims and _true(dims[name] == 0):
                 raise self.fail(f"{name} is 0, but it should be at least 1")
         num_q_heads: Any = dims.get("num_q_heads")
         num_kv_heads: Any = dims["num_kv_heads"]
@@ -144,11 +147,6 @@ class Call:
         for name in ("head_dim", "head_dim_v"):
             if name in dims and _true(dims[name] > MAX_HEAD_DIM):
                 raise self.fail(f"{name} is {dims[name]}, but it should be at most {MAX_HEAD_DIM}")
-        if "seq_len_k" in dims and _true(dims["seq_len_k"] < dims["seq_len"]):
-            raise self.fail(
-                f"seq_len_k is {dims['seq_len_k']} and seq_len is {dims['seq_len']}, "
-                "but the queries are the last positions of the keys, so seq_len_k should be at least seq_len"
-            )
 
     def lengths_k(self, seq_len_k: Size | None) -> None:
         """`seq_len_k` of an operator that does not see the keys."""
@@ -179,6 +177,18 @@ class Call:
                 "but packed sequences should have batch 1: [1, total_len, ...]"
             )
 
+    def padded(self, packed_by: str, cu_seqlens: Tensor | None, **lengths: Tensor | None) -> None:
+        """Where each batch row's keys end and begin."""
+        for name, tensor in lengths.items():
+            if tensor is None:
+                continue
+            self.typed(name, tensor, ("batch",), torch.int32)
+            if cu_seqlens is not None:
+                raise self.fail(
+                    f"{name} is given with {packed_by}, but it is for padded batches; "
+                    f"{packed_by} says where packed sequences begin and end"
+                )
+
     def packed(
         self, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_q: Size | None, max_k: Size | None
     ) -> None:
@@ -186,9 +196,10 @@ class Call:
             raise self.fail(
                 "cu_seqlens_k is given without cu_seqlens_q, but packed keys should come with packed queries"
             )
-        for name, length in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
-            if length is not None and _true(length < 0):
-                raise self.fail(f"{name} is {length}, but it should not be negative")
+        if max_q is not None and _true(max_q < 0):
+            raise self.fail(f"max_seqlen_q is {max_q}, but it should not be negative")
+        if max_k is not None and _true(max_k < 0):
+            raise self.fail(f"max_seqlen_k is {max_k}, but it should not be negative")
         if cu_seqlens_q is None:
             return
         self.cu_seqlens("cu_seqlens_q", cu_seqlens_q)
@@ -231,17 +242,27 @@ class Call:
                 f"loop_order is {loop_order!r}, but it should be one of {', '.join(map(repr, LOOP_ORDERS))}"
             )
 
+    def pool(self, pool: str, lse: Tensor | None) -> None:
+        if pool not in POOLS:
+            raise self.fail(f"pool is {pool!r}, but it should be one of {', '.join(map(repr, POOLS))}")
+        if lse is None and pool != "max":
+            raise self.fail(f"lse is None, but it should be given, as pool is {pool!r}: only 'max' pools bare logits")
+
+    def window(self, window_size: int) -> None:
+        if window_size < 1:
+            raise self.fail(f"window_size is {window_size}, but it should be at least 1")
+
     def scale(self, scale: float | None) -> None:
         if scale is not None and not scale > 0:
             raise self.fail(
                 f"scale is {scale}, but here it should be positive (the public operator puts the sign into q)"
             )
 
-    def grads(self, grad_out: Tensor | None, grad_log_sum: Tensor | None) -> None:
-        self.data("grad_out", grad_out, OUT)
-        self.typed("grad_log_sum", grad_log_sum, ROWS, torch.float32)
-
-    def results(self, out: Tensor, shift: Tensor, log_sum: Tensor) -> None:
-        self.data("out", out, OUT)
-        self.typed("shift", shift, ROWS, torch.float32)
-        self.typed("log_sum", log_sum, ROWS, torch.float32)
+    def branches(self, window_size: int, k_cmp: Tensor | None, v_cmp: Tensor | None, g_cmp: Tensor | None) -> None:
+        """What only the whole has: branches that may be left out."""
+        if window_size < 0:
+            raise self.fail(f"window_size is {window_size}, but it should be at least 1, or 0 for no window")
+        if k_cmp is None and v_cmp is not None:
+            raise self.fail("v_cmp is given without k_cmp, but compressed values should come with their keys")
+        if k_cmp is not None and v_cmp is None and g_cmp is not None:
+            raise self.fail("k_cmp and g_cmp are given without v_cmp, but the compressed branch should have values")

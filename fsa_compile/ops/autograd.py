@@ -11,14 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
 from . import schema
+from .forward_mode import refuse_tangents
 
 _AUTOGRAD_KEYS = torch._C._after_autograd_keyset
 
 
 def _wanted(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _apply(function: type[_SingleLevelFunction], *args: Any) -> Any:
+    """An autograd kernel sees one level of `torch.func` at a time, and differentiates that one."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)  # type: ignore[attr-defined]
+    with enable_single_level_autograd_function():
+        return function.apply(*args)  # type: ignore[attr-defined]
 
 
 def _below(name: str) -> Callable[..., Any]:
@@ -41,7 +52,7 @@ def _differentiable(name: str) -> None:
     forward = _below(f"{name}_forward")
     backward_op = getattr(torch.ops.fsa, f"{name}_backward").default
 
-    class Attention(torch.autograd.Function):
+    class Attention(_SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, keyset: Any, options: dict[str, Any], *inputs: Tensor) -> Any:
             results = forward(keyset, *inputs, **options)
@@ -66,8 +77,9 @@ def _differentiable(name: str) -> None:
     Attention.__name__ = Attention.__qualname__ = f"fsa_{name}"
 
     def kernel(keyset: Any, *inputs: Tensor, **options: Any) -> Any:
+        refuse_tangents(name, *inputs)
         if _wanted(inputs):
-            return Attention.apply(keyset, options, *inputs)
+            return _apply(Attention, keyset, options, *inputs)
         return forward(keyset, *inputs, **options)
 
     schema.LIB.impl(f"{name}_forward", kernel, "Autograd", with_keyset=True)
@@ -77,29 +89,29 @@ def _differentiable_mean() -> None:
     forward = _below("mean_compress")
     backward_op = torch.ops.fsa.mean_compress_backward.default
 
-    class MeanCompress(torch.autograd.Function):
+    class MeanCompress(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, x: Tensor, options: dict[str, Any], cu_seqlens: Tensor | None) -> Tensor:
-            ctx.options, ctx.seq_len = options, x.shape[1]
-            ctx.save_for_backward(cu_seqlens)
+        def forward(ctx: Any, keyset: Any, x: Tensor, options: dict[str, Any]) -> Tensor:
+            tensors = {key: value for key, value in options.items() if isinstance(value, Tensor)}
+            ctx.save_for_backward(*tensors.values())
+            ctx.tensor_options = tuple(tensors)
+            ctx.options = {key: value for key, value in options.items() if key not in tensors}
+            ctx.seq_len = x.shape[1]
             ctx.set_materialize_grads(False)
-            return forward(keyset, x, **options, cu_seqlens=cu_seqlens)
+            return forward(keyset, x, **options)
 
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor | None) -> Any:
             if grad_out is None:
-                return None, None, None, None
-            (cu_seqlens,) = ctx.saved_tensors
-            dx = backward_op(grad_out, seq_len=ctx.seq_len, **ctx.options, cu_seqlens=cu_seqlens)
-            return None, dx, None, None
+                return None, None, None
+            options = {**ctx.options, **dict(zip(ctx.tensor_options, ctx.saved_tensors, strict=True))}
+            return None, backward_op(grad_out, seq_len=ctx.seq_len, **options), None
 
-    def kernel(
-        keyset: Any, x: Tensor, *, kernel_size: int = 32, kernel_stride: int = 16, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
-        options = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
+    def kernel(keyset: Any, x: Tensor, **options: Any) -> Tensor:
+        refuse_tangents("mean_compress", x)
         if _wanted((x,)):
-            return MeanCompress.apply(keyset, x, options, cu_seqlens)
-        return forward(keyset, x, **options, cu_seqlens=cu_seqlens)
+            return _apply(MeanCompress, keyset, x, options)
+        return forward(keyset, x, **options)
 
     schema.LIB.impl("mean_compress", kernel, "Autograd", with_keyset=True)
 
@@ -108,7 +120,7 @@ def _not_differentiable(name: str, why: str) -> None:
     """Register an autograd kernel that computes, and raises once somebody differentiates through the result."""
     forward = _below(name)
 
-    class NotDifferentiable(torch.autograd.Function):
+    class NotDifferentiable(_SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, keyset: Any, options: dict[str, Any], *inputs: Tensor | None) -> Any:
             return forward(keyset, *inputs, **options)
@@ -118,8 +130,9 @@ def _not_differentiable(name: str, why: str) -> None:
             raise RuntimeError(f"fsa::{name} is not differentiable: {why}")
 
     def kernel(keyset: Any, *inputs: Tensor | None, **options: Any) -> Any:
+        refuse_tangents(name, *inputs)
         if _wanted(inputs):
-            return NotDifferentiable.apply(keyset, options, *inputs)
+            return _apply(NotDifferentiable, keyset, options, *inputs)
         return forward(keyset, *inputs, **options)
 
     schema.LIB.impl(name, kernel, "Autograd", with_keyset=True)

@@ -10,26 +10,30 @@ instead, so that both have the same.
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .runs import Results
+
 __all__ = [
     "TILE_MULTIPLE",
     "attend_precisely",
-    "sequence_slices",
+    "expand",
+    "like",
     "tile_backward",
     "tile_forward",
+    "unless_nan",
     "widen",
     "widen_gradients",
 ]
 
 # The largest log-sum-exp that float32 is good enough for: rounding one is a relative error in all the probabilities of
-# its row, of 2e-6 at most for float32 inputs, which rounding the logits makes as well, and of 3e-5 for 16-bit ones.
-_FAR = {torch.float32: 32.0, torch.float16: 512.0, torch.bfloat16: 512.0}
+# its row, of 1e-6 at most for float32 inputs, which rounding the logits makes as well, and of 3e-5 for 16-bit ones.
+_FAR = {torch.float32: 16.0, torch.float16: 512.0, torch.bfloat16: 512.0}
 
 _LANES = 4  # widths that are no multiple of it cost a quarter
 TILE_MULTIPLE = 16  # of rows and keys that are no multiple of it, the library multiplies the rest in another order
@@ -128,14 +132,34 @@ def _rowsum(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(x, y.transpose(1, 2)).diagonal(dim1=1, dim2=2).flatten()[:count].view(a.shape[:-1])
 
 
-def sequence_slices(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> list[tuple[slice, slice]]:
-    """The rows of the queries and of the keys of each packed sequence that has queries. Reads `cu_seqlens`, which is
-    on the CPU here.
+def unless_nan(results: Results, careful: Callable[[], Results]) -> Results:
+    """`results`, with those of an implementation that lets no hidden key through in the place of NaNs.
+
+    A tile multiplies what its mask hides by 0, which of a NaN or an infinity is a NaN; and a NaN stays one. So what is
+    none has met none, and keeps its bits.
     """
-    bounds_q = cu_seqlens_q.tolist()
-    bounds_k = bounds_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
-    pairs = zip(itertools.pairwise(bounds_q), itertools.pairwise(bounds_k), strict=True)
-    return [(slice(*rows), slice(*cols)) for rows, cols in pairs if rows[1] > rows[0]]
+    clean = all(math.isfinite(x.sum(dtype=torch.float32)) for x in results if x.dim() == 4)  # one pass, no copy
+    if clean:
+        return results
+    strays = [x.isnan() for x in results]
+    if results[1].dim() == 3:  # (out, shift, log_sum): a row's are of one kind
+        row = strays[0].any(-1) | strays[2]
+        strays = [row[..., None], row, row]
+    if not any(bool(x.any()) for x in strays):
+        return results
+    pairs = zip(strays, careful(), results, strict=True)
+    first, second, third = (torch.where(stray, new, old) for stray, new, old in pairs)
+    return first, second, third
+
+
+def expand(x: Tensor, num_heads: int) -> Tensor:
+    """One key head for all the query heads of its group; no copy."""
+    return x if x.shape[1] == num_heads else x.expand(-1, num_heads, -1, -1)
+
+
+def like(x: Tensor, given: Tensor) -> Tensor:
+    """A gradient without the widening, in its input's dtype, contiguous."""
+    return x[..., : given.shape[3]].to(given.dtype).contiguous()
 
 
 def _widen(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Spec:
         return self.seq_len + self.extra_keys if self.lengths_k is None else sum(self.lengths_k)
 
     @property
-    def windows(self) -> dict[str, int]:
+    def windows(self) -> dict[str, Any]:
         return {"kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride}
 
     @property
-    def selection(self) -> dict[str, int]:
+    def selection(self) -> dict[str, Any]:
         names = ("block_size", "num_selected", "init_blocks", "local_blocks")
         return {name: getattr(self, name) for name in names}
 

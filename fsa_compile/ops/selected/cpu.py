@@ -11,22 +11,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_bands as cpu_bands  # the other stages: importing this module registers a CPU's operators
-from .cpu_tiles import (
+from ..cpu_tiles import (
     TILE_MULTIPLE,
     attend_precisely,
-    sequence_slices,
+    like,
     tile_backward,
     tile_forward,
+    unless_nan,
     widen,
     widen_gradients,
 )
-from .schema import impl
+from ..options import Layout, Selected
+from ..runs import Results, Run, each_backward, each_forward, runs_of
+from ..schema import impl
+from . import portable
 
 __all__ = ["selected_attention_backward", "selected_attention_forward"]
 
@@ -37,51 +41,53 @@ _MAX_TILE_ROWS = 64
 
 
 def selected_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int = 64, scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None, loop_order: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`fsa::selected_attention_forward`: stage 4 of the specification, `(out, shift, log_sum)`."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-
-    def forward(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        out, lse = q.new_empty(*q.shape[:3], v.shape[3]), torch.empty(q.shape[:3], dtype=dtype)
-        for b, rows, cols in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
-            wide = widen(q[b, rows], k[b, cols], v[b, cols], scale, dtype)
-            _forward(_Problem(*wide, block_indices[b, rows], block_size), out[b, rows], lse[b, rows])
-        return out, lse
-
-    return attend_precisely(forward, q.dtype, scale)
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: Selected, layout: Layout
+) -> Results:
+    """`fsa::selected_attention_forward`: `(out, shift, log_sum)`."""
+    runs = runs_of(layout, q, k.shape[1], by_row=True)
+    return each_forward(partial(_forward_of_run, options), runs, q, k, v, block_indices)
 
 
 def selected_attention_backward(
-    grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, out:
-    Tensor, shift: Tensor, log_sum: Tensor, *, block_size: int = 64, scale: float | None = None, cu_seqlens_q: Tensor |
-    None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
-    loop_order: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor,
+    out: Tensor, shift: Tensor, log_sum: Tensor, options: Selected, layout: Layout,
+) -> Results:  # fmt: skip
     """`fsa::selected_attention_backward`: the gradients of q, k and v."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    for b, rows, cols in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
-        grad_b, grad_log_sum_b = (None if x is None else x[b, rows] for x in (grad_out, grad_log_sum))
-        grad, q_b, k_b, v_b, delta, lse_b = widen_gradients(
-            grad_b, grad_log_sum_b, q[b, rows], k[b, cols], v[b, cols], out[b, rows], shift[b, rows], log_sum[b, rows],
-            scale,
-        )  # fmt: skip
-        problem = _Problem(q_b, k_b, v_b, block_indices[b, rows], block_size)
-        dk_b, dv_b = _backward(problem, grad, delta, lse_b, scale, dq[b, rows])
-        dk[b, cols], dv[b, cols] = dk_b[..., : k.shape[3]], dv_b[..., : v.shape[3]]
-    return dq, dk, dv
+    runs = runs_of(layout, q, k.shape[1], by_row=True)
+    return each_backward(
+        partial(_backward_of_run, options), runs, (grad_out, grad_log_sum), q, k, v, (out, shift, log_sum),
+        block_indices,
+    )  # fmt: skip
 
 
-def _sequences(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
-) -> list[tuple[int, slice, slice]]:
-    """Batch row, rows of the queries and rows of the keys of each sequence."""
-    if cu_seqlens_q is None:
-        return [(b, slice(0, q.shape[1]), slice(0, k.shape[1])) for b in range(q.shape[0])]
-    return [(0, rows, cols) for rows, cols in sequence_slices(cu_seqlens_q, cu_seqlens_k)]
+def _forward_of_run(options: Selected, run: Run, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor) -> Results:
+    """Of one sequence, whose batch is 1."""
+
+    def forward(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out, lse = q.new_empty(*q.shape[:3], v.shape[3]), torch.empty(q.shape[:3], dtype=dtype)
+        wide_q, wide_k, wide_v = widen(q[0], k[0], v[0], options.scale, dtype)
+        _forward(_Problem(wide_q, wide_k, wide_v, block_indices[0], options.block_size), out[0], lse[0])
+        return out, lse
+
+    careful = partial(portable.selected_attention_forward, q, k, v, block_indices, options, Layout())
+    return unless_nan(attend_precisely(forward, q.dtype, options.scale), careful)
+
+
+def _backward_of_run(
+    options: Selected, run: Run, grads: tuple[Tensor | None, Tensor | None], q: Tensor, k: Tensor, v: Tensor,
+    results: Results, block_indices: Tensor,
+) -> Results:  # fmt: skip
+    dq = q.new_empty(q.shape)
+    grad_out, grad_log_sum = (None if x is None else x[0] for x in grads)
+    out, shift, log_sum = (x[0] for x in results)
+    grad, wide_q, wide_k, wide_v, delta, lse = widen_gradients(
+        grad_out, grad_log_sum, q[0], k[0], v[0], out, shift, log_sum, options.scale
+    )
+    problem = _Problem(wide_q, wide_k, wide_v, block_indices[0], options.block_size)
+    dk, dv = _backward(problem, grad, delta, lse, options.scale, dq[0])
+    args = (*grads, q, k, v, block_indices, *results)
+    careful = partial(portable.selected_attention_backward, *args, options, Layout())
+    return unless_nan((dq, like(dk[None], k), like(dv[None], v)), careful)
 
 
 class _Problem:
@@ -341,5 +347,5 @@ def _backward_diagonal(problem: _Problem, grad: Tensor, delta: Tensor, lse: Tens
     return _undiagonal(problem, dq), dk, dv
 
 
-for _fn in (selected_attention_forward, selected_attention_backward):
-    impl(_fn.__name__, _fn, "CPU")
+impl("selected_attention_forward", selected_attention_forward, "CPU")
+impl("selected_attention_backward", selected_attention_backward, "CPU")
