@@ -150,12 +150,13 @@ def from_block_before(x, before):
 
 @triton.jit
 def ranked(score, SIZES: tl.constexpr):
-    """An int32 that orders as the score does, 0 and -0 alike, and is above ``EXCLUDED``."""
-    if not SIZES.LOGITS:
-        return tl.maximum(score.to(tl.int32, bitcast=True), 0)
-    else:
+    """An int32 that orders as the score does, 0 and -0 alike, above ``EXCLUDED`` and not the largest there is."""
+    if SIZES.LOGITS:
         bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
-        return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), EXCLUDED + 1)
+        key = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), EXCLUDED + 1)
+    else:
+        key = tl.maximum(score.to(tl.int32, bitcast=True), 0)
+    return tl.minimum(key, 0x7FFFFFFE)
 
 
 @triton.jit

@@ -21,6 +21,12 @@ from ..tiles import dense_strides, store_output
 from .scores import EXCLUDED, has_nodes, leaves_of, store_block_scores
 from .sizes import ROWS_IN_FLIGHT, SelectionSizes, workspace_width
 
+# The axis along which a warp's threads lie in a tile of candidates, and the one that a thread holds: the first and the
+# last, or the reverse, as the compiler hands out threads where no axis is contiguous. Then every tile of the search has
+# one layout, a row of it within a warp.
+LANES = tl.constexpr(0 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 2)
+REST = tl.constexpr(2 - LANES.value)
+
 
 @triton.jit
 def tile_of(seqs: Sequences, item, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -105,60 +111,82 @@ def build_tree(base, width, num_blocks, SIZES: tl.constexpr, BLOCK_M: tl.constex
 
 
 @triton.jit
-def count(marks):
-    """Marks in each row."""
-    return tl.sum(tl.sum(marks.to(tl.int32), 1), 1)
+def candidates_of(C: tl.constexpr):
+    """The numbers of a row's ``32 * C`` candidates; rows are to be the middle axis."""
+    if LANES == 0:
+        return tl.arange(0, 32)[:, None, None] + 32 * tl.arange(0, C)[None, None, :]
+    else:
+        return tl.arange(0, 32)[None, None, :] + 32 * tl.arange(0, C)[:, None, None]
 
 
 @triton.jit
-def ranks(marks):
-    """How many marks of the row come before each candidate."""
-    marks = marks.to(tl.int32)
-    each = tl.sum(marks, 2)  # [R, C]
-    return tl.cumsum(marks, 2) - marks + (tl.cumsum(each, 1) - each)[:, :, None]
+def in_row(marks):
+    """Marks in each row, [1, R, 1]."""
+    return tl.sum(tl.sum(marks.to(tl.int32), REST, keep_dims=True), LANES, keep_dims=True)
+
+
+@triton.jit
+def between(low, high):
+    """Their mean, rounded down; their sum need not be an int32."""
+    return (low >> 1) + (high >> 1) + (low & high & 1)
+
+
+@triton.jit
+def lowest_taken(keys, SIZES: tl.constexpr):
+    """The smallest key among the ``NEED`` largest of each row, or of all there are, or a bound between it and the next.
+
+    A bisection, over as many keys as differ; it ends when every row knows, which is looked at now and then.
+    """
+    exist = keys != EXCLUDED
+    low = tl.min(tl.min(tl.where(exist, keys, 0x7FFFFFFF), REST, keep_dims=True), LANES, keep_dims=True)
+    high = tl.max(tl.max(keys, REST, keep_dims=True), LANES, keep_dims=True) + 1
+    high = tl.where(in_row(exist) > SIZES.NEED, high, low)
+    while tl.max((between(low, high) > low).to(tl.int32)) > 0:
+        for _ in range(4):
+            middle = between(low, high)
+            reached = in_row(keys >= middle)
+            undecided = middle > low
+            low = tl.where(undecided & (reached >= SIZES.NEED), middle, low)
+            high = tl.where(undecided & (reached <= SIZES.NEED), middle, high)
+    return low
 
 
 @triton.jit
 def best(keys, SIZES: tl.constexpr):
     """Mark the ``NEED`` largest keys of each row, of equal ones the first; all there are, if fewer.
 
-    keys: ``[R, C, 32]``, candidate ``32 * c + lane`` of row ``r``, so that a row lies within a warp. The smallest key
-    that still counts is found bit by bit.
+    keys: R rows of candidates ``32 * c + lane``, as ``candidates_of`` lays them out. Also returns how many marks come before each candidate, and how many there are, ``[1, R, 1]``.
     """
-    if SIZES.LOGITS:
-        lowest = tl.full([keys.shape[0]], EXCLUDED, tl.int32)
-        bits = 32
-    else:  # no key is negative
-        lowest = tl.zeros([keys.shape[0]], tl.int32)
-        bits = 31
-    for bit in range(bits):
-        trial = lowest ^ (tl.full([], 1, tl.int32) << (bits - 1 - bit))  # bit 31 turns the smallest int32 into 0
-        reached = count(keys >= trial[:, None, None])
-        lowest = tl.where(reached >= SIZES.NEED, trial, lowest)
-    above = keys > lowest[:, None, None]
-    equal = (keys == lowest[:, None, None]) & (keys != EXCLUDED)
-    room = SIZES.NEED - count(above)
-    return above | (equal & (ranks(equal) < room[:, None, None]))
+    low = lowest_taken(keys, SIZES)
+    above = keys > low
+    equal = (keys == low) & (keys != EXCLUDED)
+    marks = above.to(tl.int32) + (equal.to(tl.int32) << 16)  # both counted at once
+    each = tl.sum(marks, LANES, keep_dims=True)
+    before = tl.cumsum(marks, LANES) - marks + (tl.cumsum(each, REST) - each)
+    total = tl.sum(each, REST, keep_dims=True)
+    room = SIZES.NEED - (total & 0xFFFF)
+    taken = above | (equal & ((before >> 16) < room))
+    rank = (before & 0xFFFF) + tl.minimum(before >> 16, room)
+    return taken, rank, (total & 0xFFFF) + tl.minimum(total >> 16, room)
 
 
 @triton.jit
 def search(base, width, picks, depth, offset, size, num_blocks, SIZES: tl.constexpr, ROWS: tl.constexpr):
     """Write the ids of the best blocks of ROWS rows, ascending, to ``picks`` of each row's workspace."""
     C: tl.constexpr = SIZES.PICKS * SIZES.FANOUT // 32
-    candidate = (tl.arange(0, C)[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
-    rows = base + (tl.arange(0, ROWS) * width)[:, None, None]
-    parent = candidate // SIZES.FANOUT + tl.zeros([ROWS, 1, 1], tl.int32)
-    found = tl.full([ROWS], SIZES.PICKS, tl.int32)
+    candidate = candidates_of(C)
+    row = (tl.arange(0, ROWS) * width)[None, :, None]
+    parent = candidate // SIZES.FANOUT + tl.zeros([1, ROWS, 1], tl.int32)
+    found = tl.full([1, ROWS, 1], SIZES.PICKS, tl.int32)
     for step in range(depth + 1):
         child = parent * SIZES.FANOUT + candidate % SIZES.FANOUT
-        exists = (candidate // SIZES.FANOUT < found[:, None, None]) & (child < size)
-        keys = tl.load(rows + (offset + child), mask=exists, other=EXCLUDED)
-        taken = best(keys, SIZES)
-        tl.store(rows + (picks + ranks(taken)), child, mask=taken)
-        found = count(taken)
+        exists = (candidate // SIZES.FANOUT < found) & (child < size)
+        keys = tl.load(base + (row + offset + child), mask=exists, other=EXCLUDED)
+        taken, rank, found = best(keys, SIZES)
+        tl.store(base + (row + picks + rank), child, mask=taken)
         tl.debug_barrier()
         if step < depth:
-            parent = tl.load(rows + (picks + candidate // SIZES.FANOUT))
+            parent = tl.load(base + (row + picks + candidate // SIZES.FANOUT))
             tl.debug_barrier()
             level = depth - step - 1
             size = level_size(num_blocks, level, SIZES)
