@@ -20,4 +20,4 @@ if find_spec("triton") is not None:  # where there is no Triton (macOS), the CPU
     for _stage in _STAGES:
         import_module(f".{_stage}.{'orders' if _stage == 'selected' else 'cuda'}", __name__)
 
-from . import fallback as fallback  # last: what no kernel has taken
+import_module(".fallback", __name__)  # last: what no kernel has taken

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import debug
-from .operators import OPERATORS, Operator
+from .operators import OPERATORS
 from .options import Layout
 
 __all__ = ["implementation"]
@@ -43,27 +43,3 @@ def implementation(name: str, fn: Callable[..., Any], *, values: bool = True) ->
     arguments = ", ".join((*op.inputs, f"{op.bundle.__name__}({options})", f"Layout({given})"))
     lines.append(f"return fn({arguments})")
     return op.compile(*lines, fn=fn, is_validating=debug.is_validating, check_values=debug.check_values)
-
-
-def _unchanged(op: Operator, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """For an implementation that takes the operator's own keywords, as far as it knows them."""
-    known = inspect.signature(fn).parameters
-    given = [*op.inputs, *(f"{x}={x}" for x in op.options if x in known)]
-    refused = [
-        f"if {x} is not None: raise NotImplementedError({f'fsa::{op.public}: {x} is not implemented here'!r})"
-        for x in op.options
-        if x not in known
-    ]
-    bound = ", ".join(f"{argument!r}: {argument}" for argument in op.arguments)
-    lines = [f"if is_validating(): check_values({op.public!r}, {{{bound}}})", *refused]
-    return op.compile(
-        *lines, f"return fn({', '.join(given)})", fn=fn, is_validating=debug.is_validating,
-        check_values=debug.check_values,
-    )  # fmt: skip
-
-
-def adapted(name: str, fn: Callable[..., Any], *, values: bool = True) -> Callable[..., Any]:
-    """`implementation`, or `fn` with the operator's own keywords behind the same checks."""
-    if tuple(inspect.signature(fn).parameters)[-1:] == ("layout",):
-        return implementation(name, fn, values=values)
-    return _unchanged(OPERATORS[name], fn)

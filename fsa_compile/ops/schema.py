@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .dispatch import adapted
+from .dispatch import implementation
 from .operators import ATTENTION_OPS, BACKWARD_OPS, OPERATORS, SEMANTIC_OPS
 
 __all__ = ["ATTENTION_OPS", "BACKWARD_OPS", "LIB", "SEMANTIC_OPS", "define", "fake", "impl", "signature"]
@@ -39,7 +39,7 @@ def impl(name: str, fn: Callable[..., Any], *keys: str) -> None:
     for key in keys:
         # A composite also runs on fake tensors, which have no values; the operators that it calls check theirs.
         values = not key.startswith("Composite")
-        LIB.impl(name, adapted(name, fn, values=values) if name in OPERATORS else fn, key)
+        LIB.impl(name, implementation(name, fn, values=values) if name in OPERATORS else fn, key)
 
 
 def fake(name: str, fn: Callable[..., Any]) -> None:
