@@ -1,12 +1,13 @@
 """Whole NSA attention against dense causal attention on a CPU, forward and forward with backward, over the length.
 
-    OMP_NUM_THREADS=2 python benchmarks/cpu.py
+    OMP_NUM_THREADS=2 python -m benchmarks.cpu
 
 Both run in float32 on the same random inputs, in turns, so that what else the machine does hits both. A row of the
-result is one length and pass: seconds of each (the least of the rounds), their ratio (below 1: NSA is faster) and the
-versions. The crossover printed at the end is where the ratio would be 1, interpolated between the measured lengths in
-log-log. NSA selects its blocks itself. Other work on the same cores makes the numbers worthless, those of NSA more than
-the others: it is many short parallel steps, each of which waits for the slowest thread.
+result is one length and pass: seconds of each (the least of the rounds, and their percentiles), the ratio of the least
+(below 1: NSA is faster) and the versions. The crossover printed at the end is where the ratio would be 1, interpolated
+between the measured lengths in log-log. NSA selects its blocks itself. Other work on the same cores makes the numbers
+worthless, those of NSA more than the others: it is many short parallel steps, each of which waits for the slowest
+thread.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, write_csv
 from torch import Tensor
 
 import fsa_compile
+from benchmarks.common import RESULTS, Times, write_csv
 
 LENGTHS = (4096, 16384, 65536)
 SETTING = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64, "dtype": "float32"}
@@ -42,8 +43,8 @@ def seconds(fn: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(seq_len: int, backward: bool, rounds: int) -> tuple[float, float]:
-    """Seconds of dense and of NSA attention: the least of `rounds`, in turns; of several the first does not count."""
+def measure(seq_len: int, backward: bool, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of dense and of NSA attention in each of `rounds`, in turns; of several the first does not count."""
     generator = torch.Generator().manual_seed(0)
     heads, kv_heads, head_dim = SETTING["num_q_heads"], SETTING["num_kv_heads"], SETTING["head_dim"]
     q, k, v = (torch.randn(1, seq_len, h, head_dim, generator=generator) for h in (heads, kv_heads, kv_heads))  # type: ignore[arg-type]
@@ -56,8 +57,8 @@ def measure(seq_len: int, backward: bool, rounds: int) -> tuple[float, float]:
 
     variants = once(dense, q, k, v), once(fsa_compile.nsa_attention, q, k, v, *gates)
     times = [[seconds(fn) for fn in variants] for _ in range(rounds)]
-    least_dense, least_nsa = (min(column) for column in zip(*times[rounds > 1 :], strict=True))
-    return least_dense, least_nsa
+    of_dense, of_nsa = map(list, zip(*times[rounds > 1 :], strict=True))
+    return of_dense, of_nsa
 
 
 def crossover(ratios: dict[int, float]) -> str:
@@ -82,11 +83,17 @@ def main() -> None:
     for name, backward in (("forward", False), ("forward+backward", True)):
         ratios = {}
         for seq_len in args.lengths:
-            base, ours = measure(seq_len, backward, args.rounds if seq_len <= 16384 else 1)
+            times = measure(seq_len, backward, args.rounds if seq_len <= 16384 else 1)
+            base, ours = map(min, times)
+            percentiles = {
+                f"{name}_{column}_s": f"{value:.4f}"
+                for name, seconds_of in zip(("dense", "nsa"), times, strict=True)
+                for column, value in Times.of(seconds_of)._asdict().items()
+            }
             ratios[seq_len] = ours / base
             rows.append({
                 "pass": name, "seq_len": seq_len, **SETTING, "threads": torch.get_num_threads(),
-                "dense_s": f"{base:.4f}", "nsa_s": f"{ours:.4f}", "nsa_over_dense": f"{ours / base:.3f}",
+                "dense_s": f"{base:.4f}", "nsa_s": f"{ours:.4f}", "nsa_over_dense": f"{ours / base:.3f}", **percentiles,
             })  # fmt: skip
             print(f"{name} T={seq_len}: dense {base:8.3f} s, NSA {ours:8.3f} s: {ours / base:.3f}", flush=True)
         print(f"{name}: NSA is the faster one from T {crossover(ratios)}")

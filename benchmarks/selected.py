@@ -21,8 +21,8 @@ from torch import Tensor
 import fsa_compile
 from benchmarks.common import timings, write_csv
 from fsa_compile import cost
-from fsa_compile.lowering import lower
 from fsa_compile.ops.problem import device_of, problem_of
+from fsa_compile.templates.selected import KERNELS
 from fsa_compile.testing.inputs import causal_block_indices
 
 ORDERS = ("fsa", "nsa")
@@ -47,14 +47,16 @@ def compiled(fn: Callable[..., Any], *args: Any, fuse: bool = True) -> Callable[
     """`fn(*args)` compiled now, with or without fusing into the templates' epilogues."""
     # Dynamo keeps what it compiled by code object: the same source in another object is compiled anew.
     fn = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    original = lower.fuses_epilogue
-    lower.fuses_epilogue = lambda meta: fuse
+    recorded = {kernel: kernel.fuses_epilogue for kernel in KERNELS}
     try:
+        for kernel in recorded:
+            object.__setattr__(kernel, "fuses_epilogue", fuse)
         result = torch.compile(fn, fullgraph=True, dynamic=False)
         with torch.no_grad():
             result(*args)
     finally:
-        lower.fuses_epilogue = original
+        for kernel, fuses in recorded.items():
+            object.__setattr__(kernel, "fuses_epilogue", fuses)
     return lambda: result(*args)
 
 
@@ -74,7 +76,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=65536)
     parser.add_argument("--num-kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--localities", nargs="+", default=["random", "local"])
+    parser.add_argument("--localities", nargs="+", default=["random", "local"], help="of random, local, trace (16384)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--eager-only", action="store_true")
     parser.add_argument("--out", type=Path, required=True)

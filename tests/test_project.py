@@ -133,10 +133,10 @@ def test_wheel_holds_the_whole_package(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "*.jinja", "py.typed")
+        for pattern in ("*.py", "*.npz", "py.typed")
         for path in PACKAGE.rglob(pattern)
     }
-    assert any(name.endswith(".jinja") for name in wanted)
+    assert "fsa_compile/testing/selection_16k.npz" in wanted
     assert "fsa_compile/py.typed" in wanted
     assert wanted <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
