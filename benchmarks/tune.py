@@ -1,4 +1,4 @@
-"""Measure the configurations of the kernels and keep the best: one table per GPU, which eager launches and templates read.
+"""Measure the configurations of the kernels and keep the best, in a table per GPU that launches and templates read.
 
     python -m benchmarks.tune --out tune.csv --write
 
@@ -15,31 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsa_compile
 from benchmarks.common import measure, write_csv
-from fsa_compile.ops.kernels import KERNELS
 from fsa_compile.templates.kernel import Kernel, Plan, device_of
+from fsa_compile.testing.launches import Launches
 from fsa_compile.tiling import Config, key, tuned_file
 
 GAIN = 1.02
-
-
-class Launches(TorchDispatchMode):
-    """The plans of the kernels that run inside the block, one for each kernel and static sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plans: dict[tuple[str, Any], tuple[Kernel, Plan]] = {}
-        self.kernels = {f"fsa::_{kernel.name}": kernel for kernel in KERNELS}
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kernel = self.kernels.get(op._schema.name)
-        if kernel is not None:
-            plan = kernel.plan(*args, **(kwargs or {}))
-            self.plans[kernel.name, plan.sizes] = (kernel, plan)
-        return op(*args, **(kwargs or {}))
 
 
 def launches(seq_len: int, num_kv_heads: int, group: int, head_dim: int, order: str) -> Launches:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fsa_compile.ops.rules import take_runs
+from fsa_compile.ops import options
+from fsa_compile.ops.options import Layout
 from fsa_compile.ops.selected import orders
 from fsa_compile.templates.attention_delta import ATTENTION_DELTA
 from fsa_compile.templates.selected import KERNELS
@@ -62,29 +63,30 @@ def one_order_of_summation() -> Iterator[None]:
 
 
 class Selected(torch.autograd.Function):
-    """The sequences of `ops.selected.orders` in one loop order, as the operators run them."""
+    """The implementations of `ops.selected.orders`, as the operators run them."""
 
     @staticmethod
     def forward(
-        ctx: Any, order: str, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: dict[str, Any]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: options.Selected, layout: Layout
     ) -> Any:
-        scale = options["scale"] or q.shape[3] ** -0.5
-        names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")
-        ctx.order, ctx.runs = order, take_runs(dict.fromkeys(names) | options)
-        ctx.sizes = {"block_size": options["block_size"], "scale": scale}
-        out, shift, log_sum = orders.forward(order, q, k, v, block_indices, runs=ctx.runs, **ctx.sizes)
+        ctx.options, ctx.layout = options, layout
+        out, shift, log_sum = orders.selected_attention_forward(q, k, v, block_indices, options, layout)
         ctx.save_for_backward(q, k, v, block_indices, out, shift, log_sum)
         ctx.set_materialize_grads(False)
-        return out, log_sum + scale * shift
+        return out, log_sum + options.scale * shift
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        grads = orders.backward(ctx.order, grad_out, grad_lse, *ctx.saved_tensors, runs=ctx.runs, **ctx.sizes)
-        return None, *grads, None, None
+        args = (grad_out, grad_lse, *ctx.saved_tensors)
+        return *orders.selected_attention_backward(*args, ctx.options, ctx.layout), None, None, None
 
 
 def in_order(order: str) -> Any:
-    return lambda q, k, v, block_indices, **options: Selected.apply(order, q, k, v, block_indices, options)
+    def fn(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int, scale: Any, **given: Any) -> Any:
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        return Selected.apply(q, k, v, block_indices, options.Selected(block_size, scale, order), Layout(**given))
+
+    return fn
 
 
 def check(order: str, spec: Spec, dtype: torch.dtype, seed: int = 0, large_logits: bool = False) -> None:
@@ -233,10 +235,10 @@ def test_opcheck_of_the_internal_operators(packed: bool) -> None:
 
     for order in ORDERS:
         with Check(), torch.no_grad():
-            runs, sizes = (x.cu_seqlens_q, x.cu_seqlens_q, None, None), {"block_size": 16, "scale": 0.25}
-            results = orders.forward(order, x.q, x.k, x.v, x.block_indices, runs=runs, **sizes)
+            how = (options.Selected(16, 0.25, order), Layout(x.cu_seqlens_q))
+            results = orders.selected_attention_forward(x.q, x.k, x.v, x.block_indices, *how)
             grads = (results[0], results[2])
-            orders.backward(order, *grads, x.q, x.k, x.v, x.block_indices, *results, runs=runs, **sizes)
+            orders.selected_attention_backward(*grads, x.q, x.k, x.v, x.block_indices, *results, *how)
     assert checked == {f"fsa::_{kernel.name}" for kernel in (ATTENTION_DELTA, *KERNELS)} | {"fsa::_block_lists"}
 
 
@@ -285,8 +287,8 @@ def test_more_than_2_31_elements(order: str) -> None:
     block_indices = torch.stack([current * 0, current], -1)[None, :, None].int()
     block_indices[..., 1].masked_fill_(block_indices[..., 1] == 0, -1)
     assert q.numel() > 2**31
-    runs, sizes = (None,) * 4, {"block_size": 64, "scale": dim**-0.5}
-    out, shift, log_sum = orders.forward(order, q, k, v, block_indices, runs=runs, **sizes)
+    how = (options.Selected(64, dim**-0.5, order), Layout())
+    out, shift, log_sum = orders.selected_attention_forward(q, k, v, block_indices, *how)
     first, last = 64 * (seq_len // 64) - 64, seq_len
     keys = torch.cat([torch.arange(64, device="cuda"), torch.arange(first, last, device="cuda")])
     visible = keys <= torch.arange(first, last, device="cuda")[:, None]
@@ -300,7 +302,7 @@ def test_more_than_2_31_elements(order: str) -> None:
     grad_out = torch.zeros_like(out)
     grad_out[:, -1] = 1
     results = (out, shift, log_sum)
-    dq, _, dv = orders.backward(order, grad_out, None, q, k, v, block_indices, *results, runs=runs, **sizes)
+    dq, _, dv = orders.selected_attention_backward(grad_out, None, q, k, v, block_indices, *results, *how)
     assert (dq[:, :-1] == 0).all()
     assert dq[:, -1].abs().sum() > 0
     assert abs(float(dv.float().sum()) / (heads * dim) - 1) < 1e-2

@@ -180,8 +180,8 @@ def fake_mode() -> Any:
 
 
 def expression(size: Any) -> Any:
-    """An int or SymInt as Inductor's expression."""
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+    """An int or SymInt as Inductor's expression; what else counts, as a number."""
+    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
 
 
 def forbid_fusion(x: Any) -> None:

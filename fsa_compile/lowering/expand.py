@@ -19,7 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from .. import cost, debug
-from ..ops.rules import RULES, Rule, call_of
+from ..ops.dispatch import implementation
+from ..ops.rules import RULES, Rule
 from .sites import Site, report
 from .where import where_of
 
@@ -91,6 +92,12 @@ def _value(x: Any) -> Any:
     return x.meta["val"] if isinstance(x, fx.Node) else x
 
 
+@functools.cache
+def _implementation(rule: Rule) -> Callable[..., Any]:
+    """A rule's implementation with the operator's own arguments."""
+    return implementation(rule.op, rule.fn, values=False)
+
+
 class _Expansion:
     def __init__(self, graph: fx.Graph, rules: dict[Any, Rule]) -> None:
         self.graph, self.rules = graph, rules
@@ -115,10 +122,10 @@ class _Expansion:
         from . import emit
 
         emit.register()
-        head_dim = values["q"].shape[3] if "q" in values else None
-        call = call_of(bound, head_dim)
-        traced = _trace(functools.partial(rule.sequence, choice.order if choice else None), call, first.fake_mode)  # type: ignore[attr-defined]
-        self._inline(node, call, traced)
+        if choice is not None:
+            bound["loop_order"] = choice.order
+        traced = _trace(_implementation(rule), bound, first.fake_mode)  # type: ignore[attr-defined]
+        self._inline(node, bound, traced)
         return _site(node, True, choice)
 
     def _choose(self, rule: Rule, bound: dict[str, Any], values: dict[str, Any]) -> cost.Choice | None:

@@ -6,30 +6,42 @@ of the ``window`` positions up to ``t`` (0: any up to ``t``).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .rules import Runs
+from .options import Layout
+from .rules import kernel_runs
 
 _ops = torch.ops.fsa
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs, **band: Any) -> tuple[Tensor, Tensor, Tensor]:
+class Band(NamedTuple):
+    """Which keys a query sees."""
+
+    seq_len_k: int
+    key_stride: int
+    first_end: int
+    window: int
+    scale: float
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, band: Band, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, shift, log_sum)``."""
-    return _ops._banded_fwd(q, k, v, *runs, **band)
+    return _ops._banded_fwd(q, k, v, *kernel_runs(layout), **band._asdict())
 
 
 def backward(
-    grad_out: Tensor | None, grad_log_sum: Tensor | None, inputs: tuple[Tensor, Tensor, Tensor],
-    results: tuple[Tensor, Tensor, Tensor], runs: Runs, **band: Any,
+    grads: tuple[Tensor | None, Tensor | None], inputs: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor, Tensor], band: Band, layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v."""
+    grad_out, grad_log_sum = grads
     out, shift, log_sum = results
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     delta = _ops._attention_delta(grad_out, grad_log_sum, out)
-    args = (grad_out, *inputs, shift, log_sum, delta, *runs)
-    dq = _ops._banded_bwd_dq(*args, **band)
-    return dq, *_ops._banded_bwd_dkv(*args, **band)
+    args = (grad_out, *inputs, shift, log_sum, delta, *kernel_runs(layout))
+    dq = _ops._banded_bwd_dq(*args, **band._asdict())
+    return dq, *_ops._banded_bwd_dkv(*args, **band._asdict(), splits=1)

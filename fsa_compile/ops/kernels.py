@@ -5,14 +5,20 @@ from __future__ import annotations
 import torch
 import triton
 
+from ..templates import banded, compression, selected, selection
 from ..templates.attention_delta import ATTENTION_DELTA
 from ..templates.kernel import Kernel
-from ..templates.selected import KERNELS as SELECTED
 from .schema import LIB, define
 
 __all__ = ["KERNELS", "KERNEL_KEYS"]
 
-KERNELS: tuple[Kernel, ...] = (ATTENTION_DELTA, *SELECTED)
+KERNELS: tuple[Kernel, ...] = (
+    ATTENTION_DELTA,
+    *banded.KERNELS,
+    *compression.KERNELS,
+    *selected.KERNELS,
+    *selection.KERNELS,
+)
 
 # Triton's interpreter runs the kernels on CPU tensors.
 KERNEL_KEYS = ("CUDA", "CPU") if triton.knobs.runtime.interpret else ("CUDA",)

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .. import banded
-from ..rules import Rule, Runs, register
+from ..options import Compressed, Layout
+from ..rules import Rule, register
 
 
-def _band(q: Tensor, kernel_size: int, kernel_stride: int, seq_len_k: Any, scale: float) -> dict[str, Any]:
+def _band(options: Compressed) -> banded.Band:
     """A compressed token is seen when its whole window is in the past."""
-    length = q.shape[1] if seq_len_k is None else seq_len_k
-    return {"seq_len_k": length, "key_stride": kernel_stride, "first_end": kernel_size - 1, "window": 0, "scale": scale}
+    return banded.Band(options.seq_len_k, options.kernel_stride, options.kernel_size - 1, 0, options.scale)
 
 
-def forward(
-    order: None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, runs: Runs, **options: Any
+def compressed_attention_forward(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, options: Compressed, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fsa::compressed_attention_forward`."""
-    return banded.forward(q, k_cmp, v_cmp, runs, **_band(q, **options))
+    return banded.forward(q, k_cmp, v_cmp, _band(options), layout)
 
 
-def backward(
-    order: None, grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
-    out: Tensor, shift: Tensor, log_sum: Tensor, *, runs: Runs, **options: Any,
+def compressed_attention_backward(
+    grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor,
+    shift: Tensor, log_sum: Tensor, options: Compressed, layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`fsa::compressed_attention_backward`."""
     inputs, results = (q, k_cmp, v_cmp), (out, shift, log_sum)
-    return banded.backward(grad_out, grad_log_sum, inputs, results, runs, **_band(q, **options))
+    return banded.backward((grad_out, grad_log_sum), inputs, results, _band(options), layout)
 
 
-register(Rule("compressed_attention_forward", forward), Rule("compressed_attention_backward", backward))
+register(
+    Rule("compressed_attention_forward", compressed_attention_forward),
+    Rule("compressed_attention_backward", compressed_attention_backward),
+)

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ..options import Compression, CompressionBackward, Layout
 from ..rules import Rule, register
 
 _ops = torch.ops.fsa
 
 
-def _lies(call: dict[str, Any]) -> tuple[Tensor | None, ...]:
-    return tuple(call.pop(name, None) for name in ("cu_seqlens", "seqused", "leftpad"))
-
-
-def forward(order: None, x: Tensor, **call: Any) -> Tensor:
+def mean_compress(x: Tensor, options: Compression, layout: Layout) -> Tensor:
     """`fsa::mean_compress`."""
-    lies = _lies(call)
-    return _ops._mean_compress_fwd(x, *lies, **call)
+    return _ops._mean_compress_fwd(
+        x, layout.cu_seqlens_k, layout.seqused_k, layout.leftpad_k, **options._asdict()
+    )  # fmt: skip
 
 
-def backward(order: None, grad_out: Tensor, **call: Any) -> Tensor:
+def mean_compress_backward(grad_out: Tensor, options: CompressionBackward, layout: Layout) -> Tensor:
     """`fsa::mean_compress_backward`."""
-    lies = _lies(call)
-    return _ops._mean_compress_bwd(grad_out, *lies, **call)
+    return _ops._mean_compress_bwd(
+        grad_out, layout.cu_seqlens_k, layout.seqused_k, layout.leftpad_k, **options._asdict()
+    )  # fmt: skip
 
 
-register(Rule("mean_compress", forward), Rule("mean_compress_backward", backward))
+register(Rule("mean_compress", mean_compress), Rule("mean_compress_backward", mean_compress_backward))

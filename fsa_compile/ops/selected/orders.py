@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import cost
+from ..options import Layout, Selected
 from ..problem import device_of, problem_of
-from ..rules import Rule, Runs, register
+from ..rules import Rule, Runs, kernel_runs, register
 from . import block_lists as _block_lists  # noqa: F401  registers the operator
 
 _ops = torch.ops.fsa
@@ -22,27 +23,58 @@ _SHARED = (
 
 
 def _query_outer(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, runs: Runs, block_size: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _ops._selected_fwd_query_outer(q, k, v, block_indices, *runs, block_size=block_size, scale=scale)
+    return _ops._selected_fwd_query_outer(q, k, v, block_indices, *runs, **sizes)
 
 
 def _kv_outer(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, runs: Runs, block_size: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = {"block_size": block_size, "scale": scale}
-    lists = _ops._block_lists(block_indices, *runs, seq_len_k=k.shape[1], block_size=block_size)
+    lists = _ops._block_lists(block_indices, *runs, seq_len_k=k.shape[1], block_size=sizes["block_size"])
     partials = _ops._selected_fwd_kv_outer(q, k, v, block_indices, *lists, *runs, **sizes)
     return _ops._merge_partials(*partials, block_indices, *runs, seq_len_k=k.shape[1], **sizes)
 
 
-def _backward(
-    with_partials: bool, grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-    block_indices: Tensor, out: Tensor, shift: Tensor, log_sum: Tensor, *, runs: Runs, block_size: int, scale: float,
+# How each order runs a forward, and whether its dq comes as partials of the pass that makes dk and dv.
+_FORWARD: dict[str, Callable[..., Any]] = {"nsa": _query_outer, "fsa": _kv_outer}
+_WITH_PARTIALS = {"nsa": False, "fsa": True}
+
+
+def _sizes(options: Selected) -> dict[str, Any]:
+    return {"block_size": options.block_size, "scale": options.scale}
+
+
+def choose(arguments: dict[str, Any], *, training: bool = False, backward: bool = False) -> cost.Choice:
+    """The cost model's order for one call."""
+    q, k, v, block_indices = (arguments[name] for name in ("q", "k", "v", "block_indices"))
+    problem = problem_of(q, k, v, block_indices, arguments["block_size"])
+    return cost.choose(problem, device_of(q), arguments["loop_order"], training=training, backward=backward)
+
+
+def _order(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: Selected, *, backward: bool) -> str:
+    if options.loop_order != "auto":
+        return options.loop_order
+    tensors = {"q": q, "k": k, "v": v, "block_indices": block_indices}
+    return choose(tensors | options._asdict(), backward=backward).order
+
+
+def selected_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: Selected, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fsa::selected_attention_forward`."""
+    order = _order(q, k, v, block_indices, options, backward=False)
+    return _FORWARD[order](q, k, v, block_indices, kernel_runs(layout), _sizes(options))
+
+
+def selected_attention_backward(
+    grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor,
+    out: Tensor, shift: Tensor, log_sum: Tensor, options: Selected, layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dk and dv from key blocks outside; dq as partials of that pass, or from a pass over the queries."""
-    sizes = {"block_size": block_size, "scale": scale}
-    blocks = {"seq_len_k": k.shape[1], "block_size": block_size}
+    """`fsa::selected_attention_backward`: dk and dv from key blocks outside, dq as the order has it."""
+    with_partials = _WITH_PARTIALS[_order(q, k, v, block_indices, options, backward=True)]
+    runs, sizes = kernel_runs(layout), _sizes(options)
+    blocks = {"seq_len_k": k.shape[1], "block_size": options.block_size}
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     delta = _ops._attention_delta(grad_out, grad_log_sum, out)
@@ -53,33 +85,12 @@ def _backward(
         dq = _ops._sum_partials(dq_partial, block_indices, *runs, **blocks)
     else:
         dq = _ops._selected_bwd_query_outer(*args, *runs, **sizes)
-    dk = _ops._reduce_tiles(dk_tiles, lists[2], k, *runs, block_size=block_size)
-    dv = _ops._reduce_tiles(dv_tiles, lists[2], v, *runs, block_size=block_size)
+    dk = _ops._reduce_tiles(dk_tiles, lists[2], k, *runs, block_size=options.block_size)
+    dv = _ops._reduce_tiles(dv_tiles, lists[2], v, *runs, block_size=options.block_size)
     return dq, dk, dv
 
 
-_FORWARD: dict[str, Callable[..., Any]] = {"nsa": _query_outer, "fsa": _kv_outer}
-_WITH_PARTIALS = {"nsa": False, "fsa": True}
-
-
-def forward(order: str, *args: Tensor, **call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`fsa::selected_attention_forward` in a loop order."""
-    return _FORWARD[order](*args, **call)
-
-
-def backward(order: str, *args: Any, **call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`fsa::selected_attention_backward` in a loop order."""
-    return _backward(_WITH_PARTIALS[order], *args, **call)
-
-
-def choose(arguments: dict[str, Any], *, training: bool = False, backward: bool = False) -> cost.Choice:
-    """The cost model's order for one call."""
-    q, k, v, block_indices = (arguments[name] for name in ("q", "k", "v", "block_indices"))
-    problem = problem_of(q, k, v, block_indices, arguments["block_size"])
-    return cost.choose(problem, device_of(q), arguments["loop_order"], training=training, backward=backward)
-
-
 register(
-    Rule("selected_attention_forward", forward, choose, _SHARED),
-    Rule("selected_attention_backward", backward, choose, _SHARED),
+    Rule("selected_attention_forward", selected_attention_forward, choose, _SHARED),
+    Rule("selected_attention_backward", selected_attention_backward, choose, _SHARED),
 )

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..rules import Rule, Runs, register
+from ..options import Layout, Selection
+from ..rules import Rule, kernel_runs, register
 
 
-def select(
-    order: None, q: Tensor, k_cmp: Tensor, lse: Tensor | None, *, runs: Runs, seq_len_k: Any = None,
-    pool: str = "overlap", **options: Any,
-) -> Tensor:  # fmt: skip
-    """`fsa::select_blocks`."""
-    length = q.shape[1] if seq_len_k is None else seq_len_k
-    chosen = torch.ops.fsa._select_blocks(q, k_cmp, lse, *runs, seq_len_k=length, pool=pool, **options)
-    return chosen if isinstance(chosen, Tensor) else chosen[0]  # the rest is workspace
+def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor | None, options: Selection, layout: Layout) -> Tensor:
+    """`fsa::select_blocks`; the kernel's other results are its workspace."""
+    return torch.ops.fsa._select_blocks(q, k_cmp, lse, *kernel_runs(layout), **options._asdict())[0]
 
 
-register(Rule("select_blocks", select))
+register(Rule("select_blocks", select_blocks))

@@ -59,10 +59,14 @@ def selected_bwd_kv_outer_kernel(
     keys, exists = chunk_keys(block, chunk, run.num_keys, first < last, SIZES)
     k_chunk = load_chunk(k, run, hk, keys, exists, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     v_chunk = load_chunk(v, run, hk, keys, exists, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
-    dk = tl.zeros([SIZES.BLOCK_N, SIZES.BLOCK_D], tl.float32)
-    dv = tl.zeros([SIZES.BLOCK_N, SIZES.BLOCK_DV], tl.float32)
-    dk_lost = tl.zeros([SIZES.BLOCK_N, SIZES.BLOCK_D], tl.float32)
-    dv_lost = tl.zeros([SIZES.BLOCK_N, SIZES.BLOCK_DV], tl.float32)
+    HEAD_DIM: tl.constexpr = SIZES.HEAD_DIM
+    BLOCK_N: tl.constexpr = SIZES.BLOCK_N
+    BLOCK_D: tl.constexpr = SIZES.BLOCK_D
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk_lost = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_lost = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for m in range(tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M)):
         valid, n, t, pos, g, partial = list_rows(lists.entries, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
         q_rows = load_rows(q, run.b, hk, t, g, valid, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
@@ -82,9 +86,9 @@ def selected_bwd_kv_outer_kernel(
         every = tile_rows >= 0
         store_tile(dv_tiles, tile_rows * SIZES.HEAD_DIM_V, every, dv, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
         dk = dk * scale
-        cols = tl.arange(0, SIZES.BLOCK_D)[None, :]
+        cols = tl.arange(0, BLOCK_D)[None, :]
         mask = every[:, None] & (cols < SIZES.HEAD_DIM)
-        store_output(dk_tiles, (tile_rows[:, None], cols), (SIZES.HEAD_DIM,), dk, mask, (SIZES.BLOCK_N, SIZES.BLOCK_D))
+        store_output(dk_tiles, (tile_rows[:, None], cols), (HEAD_DIM,), dk, mask, (BLOCK_N, BLOCK_D))
 
 
 def plan(

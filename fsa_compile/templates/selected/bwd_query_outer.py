@@ -38,7 +38,8 @@ def selected_bwd_query_outer_tile(
     delta = tl.where(log_sum > float("-inf"), delta, 0.0)  # without a key log_sum is a constant, whatever came back
     slots = (n.to(tl.int64) * SIZES.NUM_KV_HEADS + hk) * SIZES.NUM_SELECTED
 
-    dq = tl.zeros([BLOCK_G, SIZES.BLOCK_D], tl.float32)
+    BLOCK_D: tl.constexpr = SIZES.BLOCK_D
+    dq = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for i in range(SIZES.NUM_SELECTED * (SIZES.BLOCK_SIZE // SIZES.BLOCK_N)):
         start, visible = key_tile(block_indices, slots, i, pos, SIZES)
         first = run.first_key + start
@@ -62,11 +63,12 @@ def selected_bwd_query_outer_kernel(
         grad_out, q, k, v, block_indices, rows, n, hk, seqs, scale, SIZES, BLOCK_G
     )
     heads = tl.arange(0, BLOCK_G)
-    cols = tl.arange(0, SIZES.BLOCK_D)[None, :]
+    BLOCK_D: tl.constexpr = SIZES.BLOCK_D
+    cols = tl.arange(0, BLOCK_D)[None, :]
     mask = (heads < SIZES.GROUP)[:, None] & (cols < SIZES.HEAD_DIM)
     h = (hk * SIZES.GROUP + heads)[:, None]
     strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM)
-    store_output(dq, (b, t, h, cols), strides, value, mask, (BLOCK_G, SIZES.BLOCK_D))
+    store_output(dq, (b, t, h, cols), strides, value, mask, (BLOCK_G, BLOCK_D))
 
 
 def plan(

@@ -54,14 +54,17 @@ def selected_fwd_kv_outer_kernel(
     keys, exists = chunk_keys(block, chunk, run.num_keys, first < last, SIZES)
     k_chunk = load_chunk(k, run, hk, keys, exists, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     v_chunk = load_chunk(v, run, hk, keys, exists, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
-    cols = tl.arange(0, SIZES.BLOCK_DV)[None, :]
+    # In a tuple only a name is a constant.
+    HEAD_DIM_V: tl.constexpr = SIZES.HEAD_DIM_V
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    cols = tl.arange(0, BLOCK_DV)[None, :]
     for m in range(tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M)):
         valid, n, t, pos, g, partial = list_rows(lists.entries, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
         rows = load_rows(q, run.b, hk, t, g, valid, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         out, row_max, row_sum = attend_chunk(rows, k_chunk, v_chunk, keys, pos, scale)
         store_stats(partial_stats, partial, valid, row_max, row_sum)
         mask = valid[:, None] & (cols < SIZES.HEAD_DIM_V)
-        store_output(partial_out, (partial[:, None], cols), (SIZES.HEAD_DIM_V,), out, mask, (BLOCK_M, SIZES.BLOCK_DV))
+        store_output(partial_out, (partial[:, None], cols), (HEAD_DIM_V,), out, mask, (BLOCK_M, BLOCK_DV))
 
 
 def plan(q: Any, k: Any, v: Any, block_indices: Any, *lists_and_seqs: Any, block_size: int, scale: float) -> Plan:

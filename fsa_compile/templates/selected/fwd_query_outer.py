@@ -51,7 +51,8 @@ def selected_fwd_query_outer_tile(
 
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, SIZES.BLOCK_DV], tl.float32)
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     # One flat loop over key tiles, masked rather than branched, so that Triton can pipeline the loads.
     for i in range(SIZES.NUM_SELECTED * (SIZES.BLOCK_SIZE // SIZES.BLOCK_N)):
         start, visible = key_tile(block_indices, slots, i, pos, SIZES)
@@ -84,11 +85,12 @@ def selected_fwd_query_outer_kernel(
     first = (n.to(tl.int64) * SIZES.NUM_KV_HEADS + hk) * SIZES.GROUP
     tl.store(shift + first + heads, row_shift, mask=heads < SIZES.GROUP)
     tl.store(log_sum + first + heads, row_log_sum, mask=heads < SIZES.GROUP)
-    cols = tl.arange(0, SIZES.BLOCK_DV)[None, :]
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    cols = tl.arange(0, BLOCK_DV)[None, :]
     mask = (heads < SIZES.GROUP)[:, None] & (cols < SIZES.HEAD_DIM_V)
     h = (hk * SIZES.GROUP + heads)[:, None]
     strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
-    store_output(out, (b, t, h, cols), strides, value, mask, (BLOCK_G, SIZES.BLOCK_DV))
+    store_output(out, (b, t, h, cols), strides, value, mask, (BLOCK_G, BLOCK_DV))
 
 
 def plan(q: Any, k: Any, v: Any, block_indices: Any, *seqs: Any, block_size: int, scale: float) -> Plan:

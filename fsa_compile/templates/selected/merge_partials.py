@@ -50,7 +50,8 @@ def merge_partials_tile(
     shift = finite_max(row_max)
     row_sum = tl.sum(part_sum * exp_scaled(part_max, shift[:, None], scale), 1)
     total = tl.where(row_sum > 0, row_sum, 1.0)
-    acc = tl.zeros([BLOCK_R, SIZES.BLOCK_DV], tl.float32)
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     if NUM_PARTIALS <= MAX_UNROLLED:  # so that the loads of all slots are in flight together
         for i in tl.static_range(NUM_PARTIALS):
             acc += weighted_partial(
@@ -76,10 +77,11 @@ def merge_partials_kernel(
     )
     tl.store(shift + rows, row_shift, mask=rows < num_rows)
     tl.store(log_sum + rows, row_log_sum, mask=rows < num_rows)
-    cols = tl.arange(0, SIZES.BLOCK_DV)[None, :]
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    cols = tl.arange(0, BLOCK_DV)[None, :]
     mask = (rows < num_rows)[:, None] & (cols < SIZES.HEAD_DIM_V)
     strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
-    store_output(out, (b[:, None], t[:, None], h[:, None], cols), strides, value, mask, (BLOCK_R, SIZES.BLOCK_DV))
+    store_output(out, (b[:, None], t[:, None], h[:, None], cols), strides, value, mask, (BLOCK_R, BLOCK_DV))
 
 
 def plan(

@@ -17,8 +17,10 @@ from .sizes import SelectedSizes, spread
 @triton.jit
 def reduce_tiles_tile(tiles, tile_offsets, block_list, chunk, exists, SIZES: tl.constexpr):
     """The sum of one chunk's tiles of a list: float32 ``[BLOCK_N, BLOCK_D]``."""
-    total = tl.zeros([SIZES.BLOCK_N, SIZES.BLOCK_D], tl.float32)
-    chunk_rows = (chunk * SIZES.BLOCK_N + tl.arange(0, SIZES.BLOCK_N)).to(tl.int64)
+    BLOCK_N: tl.constexpr = SIZES.BLOCK_N
+    BLOCK_D: tl.constexpr = SIZES.BLOCK_D
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    chunk_rows = (chunk * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     for w in range(tl.load(tile_offsets + block_list), tl.load(tile_offsets + block_list + 1)):
         rows = (chunk_rows + w * (SIZES.NUM_CHUNKS * SIZES.BLOCK_N)) * SIZES.HEAD_DIM
         total += load_tile(tiles, rows, exists, SIZES.HEAD_DIM, SIZES.BLOCK_D)
@@ -34,10 +36,12 @@ def reduce_tiles_kernel(tiles, tile_offsets, grad, seqs: Sequences, SIZES: tl.co
     block_list = hk * tl.num_programs(0) + tl.program_id(0)
     total = reduce_tiles_tile(tiles, tile_offsets, block_list, chunk, key < run.num_keys, SIZES)
     t = (run.first_key + key) % seqs.seq_len_k
-    cols = tl.arange(0, SIZES.BLOCK_D)[None, :]
+    BLOCK_N: tl.constexpr = SIZES.BLOCK_N
+    BLOCK_D: tl.constexpr = SIZES.BLOCK_D
+    cols = tl.arange(0, BLOCK_D)[None, :]
     mask = (key < num_rows)[:, None] & (cols < SIZES.HEAD_DIM)
     strides = dense_strides(seqs.seq_len_k, SIZES.NUM_KV_HEADS, SIZES.HEAD_DIM)
-    store_output(grad, (run.b, t[:, None], hk, cols), strides, total, mask, (SIZES.BLOCK_N, SIZES.BLOCK_D))
+    store_output(grad, (run.b, t[:, None], hk, cols), strides, total, mask, (BLOCK_N, BLOCK_D))
 
 
 def plan(tiles: Any, tile_offsets: Any, like: Any, *seqs: Any, block_size: int) -> Plan:

@@ -30,7 +30,8 @@ def sum_partials_tile(
     partial, block_indices, exists, pos, slots, g, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """The sums of BLOCK_R rows' partials; slots that were never written are not read."""  # [BLOCK_R, BLOCK_D]
-    acc = tl.zeros([BLOCK_R, SIZES.BLOCK_D], tl.float32)
+    BLOCK_D: tl.constexpr = SIZES.BLOCK_D
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     NUM_PARTIALS: tl.constexpr = SIZES.NUM_SELECTED * SIZES.NUM_CHUNKS
     if NUM_PARTIALS <= MAX_UNROLLED:  # so that the loads of all slots are in flight together
         for i in tl.static_range(NUM_PARTIALS):
@@ -48,10 +49,11 @@ def sum_partials_kernel(
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     exists, pos, slots, g, b, t, h = partial_slots(rows, num_rows, seqs, SIZES)
     total = sum_partials_tile(partial, block_indices, exists, pos, slots, g, SIZES, BLOCK_R)
-    cols = tl.arange(0, SIZES.BLOCK_D)[None, :]
+    BLOCK_D: tl.constexpr = SIZES.BLOCK_D
+    cols = tl.arange(0, BLOCK_D)[None, :]
     mask = (rows < num_rows)[:, None] & (cols < SIZES.HEAD_DIM)
     strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM)
-    store_output(out, (b[:, None], t[:, None], h[:, None], cols), strides, total, mask, (BLOCK_R, SIZES.BLOCK_D))
+    store_output(out, (b[:, None], t[:, None], h[:, None], cols), strides, total, mask, (BLOCK_R, BLOCK_D))
 
 
 def plan(partial: Any, block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int) -> Plan:

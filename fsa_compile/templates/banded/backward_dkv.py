@@ -1,0 +1,399 @@
+"""Banded attention, backward: dk and dv, one program per (key tile, key/value head, split), over the queries.
+
+Early compressed tokens are seen by nearly all queries and late ones by few. Each key tile's queries are cut in
+``splits`` equal parts, so that no program is long; each part has float32 results of its own, which ``BANDED_SUM`` adds
+up in order. With one split the results are final.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ...tiling import Config, Device
+from ..kernel import Dense, Kernel, Output, Plan, Strided
+from ..sequences import Rows, Run, Sequences, _bound, _search, batched_run, num_tiles, packed_run
+from ..tiles import LOG2E, accumulate, dense_strides, dot, store_output
+from .sizes import (
+    ARGUMENTS,
+    BandedSizes,
+    add_met,
+    all_finite,
+    extent,
+    finite_part,
+    inputs,
+    keys_base,
+    keys_of_run,
+    query_tiles,
+)
+
+
+class KeyTile(NamedTuple):
+    """A tile of keys. first: its first key, which may be before the run's. row: that key's row of ``k``.
+
+    row_end: the rows of ``k`` to write end there. some_from to some_to: the tokens of the run that see some of the
+    keys; all_from to all_to: those that see them all.
+    """
+
+    run: Run
+    first: Any
+    first_key: Any
+    count: Any
+    row_end: Any
+    some_from: Any
+    all_from: Any
+    all_to: Any
+    some_to: Any
+
+
+@triton.jit
+def _clamped(pos, run: Run):
+    return tl.minimum(tl.maximum(pos - run.offset, 0), run.num_rows)
+
+
+@triton.jit
+def _key_tile(seqs: Sequences, num_key_rows, w, SIZES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Key tile ``w``. Tiles cover every row of ``k``, those of no run as well, whose gradients are zero."""
+    if seqs.cu_seqlens_k is not None:
+        SPAN: tl.constexpr = BLOCK_N * SIZES.STRIDE
+        r = _search(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, w, SPAN)
+        run = packed_run(seqs, r)
+        first = (w - run.first_key // SPAN - r) * BLOCK_N
+        row_end = _bound(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r + 1) // SIZES.STRIDE
+        row_end = tl.where(r > seqs.num_seqs, num_key_rows, tl.minimum(row_end, num_key_rows))
+        first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
+    else:
+        tiles = tl.cdiv(num_key_rows, BLOCK_N)
+        b = w // tiles
+        run = batched_run(seqs, b)
+        first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
+        first = (w - b * tiles) * BLOCK_N - first_key
+        row_end = w * 0 + num_key_rows
+    low = tl.maximum(first, 0) * SIZES.STRIDE + SIZES.FIRST_END
+    high = (tl.minimum(first + BLOCK_N, count) - 1) * SIZES.STRIDE + SIZES.FIRST_END
+    some_from = _clamped(low, run)
+    all_from = _clamped(high, run)
+    all_to = run.num_rows
+    some_to = run.num_rows
+    if SIZES.WINDOW > 0:
+        all_to = _clamped(low + SIZES.WINDOW, run)
+        some_to = _clamped(high + SIZES.WINDOW, run)
+    some_to = tl.where(low > high, some_from, some_to)
+    return KeyTile(run, first, first_key, count, row_end, some_from, all_from, all_to, some_to)
+
+
+@triton.jit
+def _load_queries(base, stride_t, stride_h, i, end, heads_left, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+                  BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """Tokens ``i`` to ``i + TOKENS``, HEADS heads each; 0 from ``end`` on. WHOLE: there are no rows without a query."""
+    row = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_W)
+    zero = tl.full([], 0, tl.int64)
+    # Heads may lie far apart, which takes 64 bits, but with few of them it is one number a thread.
+    heads = base + (zero + i) * stride_t + ((zero + row % HEADS) * stride_h)[:, None]
+    pointers = heads + ((row // HEADS * stride_t)[:, None] + cols[None, :])  # [BLOCK_M, BLOCK_W]
+    if WHOLE:
+        if BLOCK_W == WIDTH:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(cols < WIDTH)[None, :], other=0.0)
+    else:
+        exists = (row // HEADS < tl.minimum(end - i, TOKENS)) & (row % HEADS < heads_left)
+        return tl.load(pointers, mask=exists[:, None] & (cols < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_statistic(base, i, end, heads_left, NUM_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
+                    HEADS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """The same rows of a dense ``[B, T, HQ]`` tensor."""
+    row = tl.arange(0, BLOCK_M)
+    zero = tl.full([], 0, tl.int64)
+    pointers = base + (zero + i) * NUM_HEADS + (row // HEADS * NUM_HEADS + row % HEADS)
+    if WHOLE:
+        return tl.load(pointers)
+    else:
+        exists = (row // HEADS < tl.minimum(end - i, TOKENS)) & (row % HEADS < heads_left)
+        return tl.load(pointers, mask=exists, other=0.0)
+
+
+@triton.jit
+def _seen_by(tile: KeyTile, i, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which of the tile's keys the rows from token ``i`` on see."""  # [BLOCK_N, BLOCK_M]
+    pos = tile.run.offset + i + tl.arange(0, BLOCK_M) // HEADS
+    last = (tile.first + tl.arange(0, BLOCK_N)) * SIZES.STRIDE + SIZES.FIRST_END
+    visible = last[:, None] <= pos[None, :]
+    if SIZES.WINDOW > 0:
+        visible = visible & (last[:, None] > pos[None, :] - SIZES.WINDOW)
+    return visible
+
+
+@triton.jit
+def _nan_of_queries(
+    x: Rows, base, start, end, tile: KeyTile, heads_left, SIZES: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """NaN where a key is seen by a row of ``x`` that is not finite in that column, else 0: a careful sum's start."""
+    met = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+    for i in tl.range(start, end, TOKENS, num_stages=1):
+        rows = _load_queries(
+            base, x.strides[1], x.strides[2], i, end, heads_left, WIDTH, BLOCK_W, BLOCK_M, TOKENS, HEADS, False
+        )
+        met = add_met(met, _seen_by(tile, i, SIZES, BLOCK_M, HEADS, BLOCK_N), rows)
+    return tl.where(met > 0, float("nan"), 0.0)
+
+
+@triton.jit
+def _dkv_loop(
+    keys, values, q: Rows, q_base, grad_out: Rows, grad_base, shift, log_sum, delta, start, end, tile: KeyTile,
+    heads_left, factor, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add what tokens ``start`` to ``end`` give; not MASKED: whole tiles, all of whose tokens see every key."""
+    NUM_HEADS: tl.constexpr = SIZES.NUM_KV_HEADS * SIZES.GROUP
+    EVEN: tl.constexpr = TOKENS * HEADS == BLOCK_M and SIZES.GROUP % HEADS == 0
+    WHOLE: tl.constexpr = EVEN and not MASKED
+    COMPENSATED: tl.constexpr = SIZES.ITEMSIZE == 4
+    for i in tl.range(start, end, TOKENS, num_stages=STAGES):
+        queries = _load_queries(q_base, q.strides[1], q.strides[2], i, end, heads_left, SIZES.HEAD_DIM, SIZES.BLOCK_D,
+                                BLOCK_M, TOKENS, HEADS, WHOLE)  # fmt: skip
+        grads = _load_queries(grad_base, grad_out.strides[1], grad_out.strides[2], i, end, heads_left,
+                              SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK_M, TOKENS, HEADS, WHOLE)  # fmt: skip
+        row_shift = _load_statistic(shift, i, end, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
+        row_log_sum = _load_statistic(log_sum, i, end, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
+        row_delta = _load_statistic(delta, i, end, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
+        scores = dot(keys, tl.trans(queries))  # [BLOCK_N, BLOCK_M]
+        if COMPENSATED:
+            p = tl.exp2(tl.fma(scores - row_shift[None, :], factor, row_log_sum[None, :] * -LOG2E))
+        else:
+            # One number a row, which rounds by 4e-4 at logits of 1e4: as much as the weights do in 16 bits.
+            p = tl.exp2(tl.fma(scores, factor, tl.fma(-row_shift, factor, row_log_sum * -LOG2E)[None, :]))
+        ds = p * (dot(values, tl.trans(grads)) - row_delta[None, :])
+        if MASKED:
+            if (CAREFUL > 0) | (i < tile.all_from) | (i + TOKENS > tile.all_to):
+                visible = _seen_by(tile, i, SIZES, BLOCK_M, HEADS, BLOCK_N)
+                p = tl.where(visible, p, 0.0)
+                ds = tl.where(visible, ds, 0.0)
+        if CAREFUL == 1:
+            dk = tl.dot(ds.to(queries.dtype), finite_part(queries), dk, input_precision="ieee")
+        elif CAREFUL == 2:
+            dv = tl.dot(p.to(grads.dtype), finite_part(grads), dv, input_precision="ieee")
+        elif COMPENSATED:
+            dv, dv_lost = accumulate(dv, dv_lost, dot(p, grads), True)
+            dk, dk_lost = accumulate(dk, dk_lost, dot(ds, queries), True)
+        else:
+            dv = tl.dot(p.to(grads.dtype), grads, dv)
+            dk = tl.dot(ds.to(queries.dtype), queries, dk)
+    return dk, dk_lost, dv, dv_lost
+
+
+@triton.jit
+def _dkv_run(
+    grad_out: Rows, q: Rows, keys, values, shift, log_sum, delta, start, end, seqs: Sequences, hk, tile: KeyTile,
+    factor, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr, FLAT: tl.constexpr, CAREFUL: tl.constexpr, EDGE_STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv that tokens ``start`` to ``end`` give, in one loop if FLAT, else masked and unmasked tiles apart."""
+    BLOCK_D: tl.constexpr = SIZES.BLOCK_D
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    NUM_HEADS: tl.constexpr = SIZES.NUM_KV_HEADS * SIZES.GROUP
+    PARTS: tl.constexpr = (SIZES.GROUP + HEADS - 1) // HEADS
+    run = tile.run
+    hot = start + tl.cdiv(tl.maximum(tl.minimum(tile.all_from, end) - start, 0), TOKENS) * TOKENS
+    cold = hot + tl.maximum(tl.minimum(tile.all_to, end) - hot, 0) // TOKENS * TOKENS
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk_lost = 0.0
+    dv_lost = 0.0
+    if SIZES.ITEMSIZE == 4:
+        dk_lost = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv_lost = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for part in tl.static_range(PARTS):
+        h = hk * SIZES.GROUP + part * HEADS
+        left = SIZES.GROUP - part * HEADS
+        n = (run.b.to(tl.int64) * seqs.seq_len + run.first_row) * NUM_HEADS + h
+        qb = keys_base(q, run.b, run.first_row, h)
+        gb = keys_base(grad_out, run.b, run.first_row, h)
+        if CAREFUL == 1:
+            dk += _nan_of_queries(
+                q, qb, start, end, tile, left, SIZES, SIZES.HEAD_DIM, BLOCK_D, BLOCK_M, TOKENS, HEADS, BLOCK_N
+            )
+        elif CAREFUL == 2:
+            dv += _nan_of_queries(
+                grad_out, gb, start, end, tile, left, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M, TOKENS, HEADS, BLOCK_N
+            )
+        if FLAT or CAREFUL > 0:
+            dk, dk_lost, dv, dv_lost = _dkv_loop(
+                keys, values, q, qb, grad_out, gb, shift + n, log_sum + n, delta + n, start, end, tile, left, factor,
+                dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N, True, CAREFUL, EDGE_STAGES,
+            )  # fmt: skip
+        else:
+            dk, dk_lost, dv, dv_lost = _dkv_loop(
+                keys, values, q, qb, grad_out, gb, shift + n, log_sum + n, delta + n, start, tl.minimum(hot, end), tile,
+                left, factor, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N, True, 0,
+                EDGE_STAGES,
+            )  # fmt: skip
+            dk, dk_lost, dv, dv_lost = _dkv_loop(
+                keys, values, q, qb, grad_out, gb, shift + n, log_sum + n, delta + n, hot, cold, tile, left, factor,
+                dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N, False, 0, None,
+            )  # fmt: skip
+            dk, dk_lost, dv, dv_lost = _dkv_loop(
+                keys, values, q, qb, grad_out, gb, shift + n, log_sum + n, delta + n, cold, end, tile, left, factor,
+                dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N, True, 0, EDGE_STAGES,
+            )  # fmt: skip
+    # A key that does not exist leaves nothing, and what it made of the other factor is not looked at.
+    j = tile.first + tl.arange(0, BLOCK_N)
+    valid = ((j >= 0) & (j < tile.count))[:, None]
+    return tl.where(valid, dk, 0.0), tl.where(valid, dv, 0.0)
+
+
+@triton.jit
+def _load_tile_keys(base, stride, first, count, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The keys of a tile; 0 where there are none."""
+    cols = tl.arange(0, BLOCK_W)
+    j = first + tl.arange(0, BLOCK_N)
+    rows = j.to(tl.int64) * stride
+    mask = ((j >= 0) & (j < count))[:, None] & (cols < WIDTH)[None, :]
+    return tl.load(base + (rows[:, None] + cols[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def banded_bwd_dkv_tile(
+    grad_out: Rows, q: Rows, k: Rows, v: Rows, shift, log_sum, delta, seqs: Sequences, num_key_rows, scale,
+    w, hk, split, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr, EDGE_STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of key tile ``w``, float32 ``[BLOCK_N, BLOCK_D]`` and ``[BLOCK_N, BLOCK_DV]``.
+
+    Returns ``(dk, dv, b, row, exists)``: also the tile's rows of ``k`` and which of them there are, all ``[BLOCK_N]``.
+    """
+    tile = _key_tile(seqs, num_key_rows, w, SIZES, BLOCK_N)
+    run = tile.run
+    k_base = keys_base(k, run.b, tile.first_key, hk)
+    v_base = keys_base(v, run.b, tile.first_key, hk)
+    keys = _load_tile_keys(k_base, k.strides[1], tile.first, tile.count, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK_N)
+    values = _load_tile_keys(v_base, v.strides[1], tile.first, tile.count, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK_N)
+    factor = scale * LOG2E
+
+    tokens = tl.cdiv(tl.cdiv(tile.some_to - tile.some_from, TOKENS), SIZES.SPLITS) * TOKENS
+    start = tl.minimum(tile.some_from + split * tokens, tile.some_to)
+    end = tl.minimum(start + tokens, tile.some_to)
+    dk, dv = _dkv_run(
+        grad_out, q, keys, values, shift, log_sum, delta, start, end, seqs, hk, tile, factor, SIZES, BLOCK_M, TOKENS,
+        HEADS, BLOCK_N, FLAT, 0, EDGE_STAGES,
+    )  # fmt: skip
+    # As in the forward: a query that only some of the keys are seen by can do harm only if it is not finite.
+    if not (all_finite(dk) & all_finite(dv)):
+        keys = _load_tile_keys(k_base, k.strides[1], tile.first, tile.count, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK_N)
+        values = _load_tile_keys(
+            v_base, v.strides[1], tile.first, tile.count, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK_N
+        )
+        FEW_HEADS: tl.constexpr = min(HEADS, 16)
+        # One result at a time: both would not fit in registers, which slows the other loops as well.
+        dk, _ = _dkv_run(
+            grad_out, q, keys, values, shift, log_sum, delta, start, end, seqs, hk, tile, factor, SIZES, 16,
+            16 // FEW_HEADS, FEW_HEADS, BLOCK_N, True, 1, 1,
+        )  # fmt: skip
+        _, dv = _dkv_run(
+            grad_out, q, keys, values, shift, log_sum, delta, start, end, seqs, hk, tile, factor, SIZES, 16,
+            16 // FEW_HEADS, FEW_HEADS, BLOCK_N, True, 2, 1,
+        )  # fmt: skip
+    row = tile.first_key + tile.first + tl.arange(0, BLOCK_N)
+    return dk * scale, dv, run.b, row, (row >= 0) & (row < tile.row_end)
+
+
+@triton.jit
+def banded_bwd_dkv_kernel(
+    grad_out: Rows, q: Rows, k: Rows, v: Rows, shift, log_sum, delta, dk, dv, seqs: Sequences, num_key_rows, scale,
+    SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr, FLAT: tl.constexpr, EDGE_STAGES: tl.constexpr,
+):  # fmt: skip
+    # Early keys are seen by more queries (if no window cuts them) and go first.
+    w = tl.program_id(0)
+    hk = tl.program_id(1)
+    split = tl.program_id(2)
+    value, value_v, run_b, row, exists = banded_bwd_dkv_tile(
+        grad_out, q, k, v, shift, log_sum, delta, seqs, num_key_rows, scale, w, hk, split, SIZES, BLOCK_M, TOKENS,
+        HEADS, BLOCK_N, FLAT, EDGE_STAGES,
+    )  # fmt: skip
+    BLOCK_D: tl.constexpr = SIZES.BLOCK_D
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    b = run_b
+    if seqs.cu_seqlens_k is not None:
+        b += split
+    else:
+        b += split * seqs.num_seqs
+    t = row[:, None]
+    rows = (b.to(tl.int64) * num_key_rows + row) * SIZES.NUM_KV_HEADS + hk
+    cols_v = tl.arange(0, BLOCK_DV)[None, :]
+    mask_v = exists[:, None] & (cols_v < SIZES.HEAD_DIM_V)
+    tl.store(dv + (rows[:, None] * SIZES.HEAD_DIM_V + cols_v), value_v.to(dv.dtype.element_ty), mask=mask_v)
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    mask = exists[:, None] & (cols < SIZES.HEAD_DIM)
+    strides = dense_strides(num_key_rows, SIZES.NUM_KV_HEADS, SIZES.HEAD_DIM)
+    store_output(dk, (b, t, hk, cols), strides, value, mask, (BLOCK_N, BLOCK_D))
+
+
+def plan(
+    grad_out: Any, q: Any, k: Any, v: Any, shift: Any, log_sum: Any, delta: Any, cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None, seqused_k: Any = None, leftpad_k: Any = None, *, seq_len_k: Any, key_stride: int,
+    first_end: int, window: int, scale: float, splits: int,
+) -> Plan:  # fmt: skip
+    """Of ``splits`` > 1 the results are float32 and ``[splits * batch, key rows, num_kv_heads, width]``."""
+    found = inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, seq_len_k, scale)
+    rows = {"shift": Dense(shift), "log_sum": Dense(log_sum), "delta": Dense(delta)}
+    dtype = k.dtype if splits == 1 else torch.float32
+    return Plan(
+        inputs={"grad_out": Strided(grad_out), **found, **rows},
+        outputs={name: Output((splits * x.shape[0], *x.shape[1:]), dtype) for name, x in (("dk", k), ("dv", v))},
+        sizes=BandedSizes.of_call(q, k, v, key_stride, first_end, window)._replace(SPLITS=splits),
+        extent=(*extent(q, k, cu_seqlens_q), splits),
+    )
+
+
+def grid(extent: tuple[Any, ...], tiles: dict[str, Any], cdiv: Any) -> tuple[Any, Any, Any]:
+    """One program per key tile, key/value head and split."""
+    batch, _, key_rows, num_seqs, packed, num_kv_heads, _, splits = extent
+    return num_tiles(batch, key_rows, num_seqs, packed, tiles["BLOCK_N"], cdiv), num_kv_heads, splits
+
+
+def _config(
+    sizes: BandedSizes, block_m: int, block_n: int, flat: bool, warps: int, stages: int, edge_stages: int | None = None
+) -> Config:
+    tiles = query_tiles(sizes, block_m)
+    tiles |= {"BLOCK_N": block_n, "FLAT": flat, "EDGE_STAGES": edge_stages}
+    return Config(tiles, warps, stages)
+
+
+def heuristic(sizes: BandedSizes, device: Device) -> Config:
+    """The configuration that measured best, or is known to fit."""
+    if sizes.ITEMSIZE == 4:
+        return _config(sizes, 16, 16, True, 4, 1)
+    if sizes.widest > 128:
+        return _config(sizes, 32, 64, True, 8, 1)
+    return _config(sizes, 32, 64, True, 4, 2)
+
+
+def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
+    """Those worth measuring."""
+    found = [heuristic(sizes, device)]
+    if sizes.ITEMSIZE < 4:
+        for block_m in (32, 64, 128):
+            for block_n, warps in ((64, 4), (128, 8)):
+                found += [_config(sizes, block_m, block_n, flat, warps, 2) for flat in (True, False)]
+    return found
+
+
+BANDED_BWD_DKV = Kernel(
+    fn=banded_bwd_dkv_kernel,
+    schema=(
+        "_banded_bwd_dkv(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor shift, Tensor log_sum, Tensor delta, "
+        f"{ARGUMENTS}, int splits) -> (Tensor dk, Tensor dv)"
+    ),
+    plan=plan,
+    grid=grid,
+    heuristic=heuristic,
+    candidates=candidates,
+)

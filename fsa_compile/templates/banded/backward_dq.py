@@ -1,0 +1,203 @@
+"""Banded attention, backward: dq, one program per (query tile, key/value head), over the keys as in the forward.
+
+dk and dv are ``backward_dkv``'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ...tiling import Config, Device
+from ..kernel import Dense, Kernel, Output, Plan, Strided
+from ..sequences import Rows, Sequences, run_of_tile
+from ..tiles import LOG2E, dense_strides, dot, store_output
+from .sizes import (
+    ARGUMENTS,
+    Band,
+    BandedSizes,
+    Place,
+    all_finite,
+    band_of_tile,
+    extent,
+    finite_part,
+    in_band,
+    inputs,
+    keys_base,
+    keys_of_run,
+    load_keys,
+    load_rows,
+    nan_of_keys,
+    place_of_tile,
+    query_grid,
+    query_tiles,
+)
+
+
+@triton.jit
+def _dq_loop(
+    q, grad_out, k_base, k_stride, v_base, v_stride, start, end, band: Band, place: Place, factor, minus, delta, dq,
+    SIZES: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add what keys ``start`` to ``end`` give; not MASKED: whole tiles, all of whose keys every row sees."""
+    for i in tl.range(start, end, BLOCK, num_stages=STAGES):
+        k = load_keys(k_base, k_stride, i, end, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK, MASKED)
+        v = load_keys(v_base, v_stride, i, end, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED)
+        scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK]
+        dp = dot(grad_out, tl.trans(v))
+        ds = tl.exp2(tl.fma(scores, factor, minus[:, None])) * (dp - delta[:, None])
+        if MASKED:
+            if CAREFUL | (i < band.all_from) | (i + BLOCK > band.all_to):
+                ds = tl.where(in_band(i, place.high, place.low, SIZES, BLOCK), ds, 0.0)
+        if CAREFUL:
+            k = finite_part(k)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def banded_bwd_dq_tile(
+    grad_out: Rows, q: Rows, k: Rows, v: Rows, shift, log_sum, delta, seqs: Sequences, num_key_rows, scale,
+    w, hk, head_tile, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, EDGE_STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq of query tile ``w``, float32 ``[BLOCK_M, BLOCK_D]``, and where the rows lie."""
+    run, first = run_of_tile(seqs, w, TOKENS)
+    first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
+    band = band_of_tile(run, first, count, SIZES, TOKENS)
+    place = place_of_tile(run, first, count, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, TOKENS, HEADS)
+    k_base = keys_base(k, run.b, first_key, hk)
+    v_base = keys_base(v, run.b, first_key, hk)
+    ks = k.strides[1]
+    vs = v.strides[1]
+    queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+    grads = load_rows(grad_out, place, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+    factor = scale * LOG2E
+    row_shift = tl.load(shift + place.n, mask=place.exists, other=0.0)
+    row_log_sum = tl.load(log_sum + place.n, mask=place.exists, other=0.0)
+    row_log_sum = tl.where(row_log_sum == float("-inf"), 0.0, row_log_sum) * LOG2E
+    row_delta = tl.load(delta + place.n, mask=place.exists, other=0.0)
+    # One number is subtracted from the scaled scores. It rounds, by 1e-3 at logits of 1e4, but by as much in all of a
+    # row's weights, so that the row can be put right at the end.
+    minus = tl.fma(-row_shift, factor, -row_log_sum)
+
+    BLOCK_D: tl.constexpr = SIZES.BLOCK_D
+    # A tile past the run's end has nothing to do; its bands are not to be trusted.
+    end = tl.where(first < run.num_rows, band.some_to, band.some_from)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    hot = band.some_from
+    cold = hot
+    if BLOCK_E > 0:
+        if SIZES.WINDOW > 0:
+            hot += tl.cdiv(band.all_from - band.some_from, BLOCK_E) * BLOCK_E
+            dq = _dq_loop(
+                queries, grads, k_base, ks, v_base, vs, band.some_from, tl.minimum(hot, end), band, place, factor,
+                minus, row_delta, dq, SIZES, BLOCK_E, True, False, EDGE_STAGES,
+            )  # fmt: skip
+        cold = hot + tl.maximum(tl.minimum(band.all_to, end) - hot, 0) // BLOCK_N * BLOCK_N
+        dq = _dq_loop(
+            queries, grads, k_base, ks, v_base, vs, hot, cold, band, place, factor, minus, row_delta, dq, SIZES,
+            BLOCK_N, False, False, None,
+        )  # fmt: skip
+        dq = _dq_loop(
+            queries, grads, k_base, ks, v_base, vs, cold, end, band, place, factor, minus, row_delta, dq, SIZES,
+            BLOCK_E, True, False, EDGE_STAGES,
+        )  # fmt: skip
+    else:
+        dq = _dq_loop(
+            queries, grads, k_base, ks, v_base, vs, hot, end, band, place, factor, minus, row_delta, dq, SIZES,
+            BLOCK_N, True, False, None,
+        )  # fmt: skip
+    if not all_finite(dq):
+        dq = nan_of_keys(k_base, ks, band.some_from, end, place, SIZES, SIZES.HEAD_DIM, BLOCK_D, BLOCK_M)
+        queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+        grads = load_rows(grad_out, place, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+        dq = _dq_loop(
+            queries, grads, k_base, ks, v_base, vs, band.some_from, end, band, place, factor, minus, row_delta, dq,
+            SIZES, 16, True, True, 1,
+        )  # fmt: skip
+    lost = tl.fma(row_shift, factor, minus) + row_log_sum
+    return dq * (tl.exp2(-lost) * scale)[:, None], place
+
+
+@triton.jit
+def banded_bwd_dq_kernel(
+    grad_out: Rows, q: Rows, k: Rows, v: Rows, shift, log_sum, delta, dq, seqs: Sequences, num_key_rows, scale,
+    SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr, EDGE_STAGES: tl.constexpr,
+):  # fmt: skip
+    w = tl.num_programs(0) - 1 - tl.program_id(0)
+    parts = tl.cdiv(SIZES.GROUP, HEADS)
+    hk = tl.program_id(1) // parts
+    value, place = banded_bwd_dq_tile(
+        grad_out, q, k, v, shift, log_sum, delta, seqs, num_key_rows, scale, w, hk, tl.program_id(1) % parts, SIZES,
+        BLOCK_M, TOKENS, HEADS, BLOCK_N, BLOCK_E, EDGE_STAGES,
+    )  # fmt: skip
+    BLOCK_D: tl.constexpr = SIZES.BLOCK_D
+    b = place.b
+    t = place.t[:, None]
+    h = place.h[:, None]
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    mask = place.exists[:, None] & (cols < SIZES.HEAD_DIM)
+    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM)
+    store_output(dq, (b, t, h, cols), strides, value, mask, (BLOCK_M, BLOCK_D))
+
+
+def plan(
+    grad_out: Any, q: Any, k: Any, v: Any, shift: Any, log_sum: Any, delta: Any, cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None, seqused_k: Any = None, leftpad_k: Any = None, *, seq_len_k: Any, key_stride: int,
+    first_end: int, window: int, scale: float,
+) -> Plan:  # fmt: skip
+    """grad_out: (batch, seq_len, num_q_heads, head_dim_v). shift, log_sum, delta: (batch, seq_len, num_q_heads)."""
+    found = inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, seq_len_k, scale)
+    rows = {"shift": Dense(shift), "log_sum": Dense(log_sum), "delta": Dense(delta)}
+    return Plan(
+        inputs={"grad_out": Strided(grad_out), **found, **rows},
+        outputs={"dq": Output(tuple(q.shape), q.dtype)},
+        sizes=BandedSizes.of_call(q, k, v, key_stride, first_end, window),
+        extent=extent(q, k, cu_seqlens_q),
+    )
+
+
+def _config(
+    sizes: BandedSizes, block_m: int, block_n: int, block_e: int, warps: int, stages: int, edge_stages: int
+) -> Config:
+    tiles = query_tiles(sizes, block_m)
+    tiles |= {"BLOCK_N": block_n, "BLOCK_E": block_e, "EDGE_STAGES": edge_stages}
+    return Config(tiles, warps, stages)
+
+
+def heuristic(sizes: BandedSizes, device: Device) -> Config:
+    """The configuration that measured best, or is known to fit."""
+    if sizes.ITEMSIZE == 4:
+        block = 32 if sizes.widest <= 128 else 16
+        return _config(sizes, block, block, block, 4, 1, 1)
+    if sizes.widest > 128:
+        return _config(sizes, 64, 32, 32, 4, 1, 1)
+    return _config(sizes, 64, 64, 32, 4, 2, 2)
+
+
+def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
+    """Those worth measuring."""
+    found = [heuristic(sizes, device)]
+    if sizes.ITEMSIZE < 4:
+        for block_m, warps in ((64, 4), (128, 8)):
+            for block_n in (32, 64):
+                for stages in (2, 3):
+                    found += [_config(sizes, block_m, block_n, e, warps, stages, 2) for e in (0, 32)]
+    return found
+
+
+BANDED_BWD_DQ = Kernel(
+    fn=banded_bwd_dq_kernel,
+    schema=(
+        "_banded_bwd_dq(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor shift, Tensor log_sum, Tensor delta, "
+        f"{ARGUMENTS}) -> Tensor dq"
+    ),
+    plan=plan,
+    grid=query_grid,
+    heuristic=heuristic,
+    candidates=candidates,
+)

@@ -1,0 +1,241 @@
+"""Banded attention, forward: one program per (query tile, key/value head) walks the keys that the tile sees.
+
+Nearly all tiles of keys are seen by every row, and their loop has no masks. A value that some row does not see can
+only do harm if it is not finite; then the result is not either, and the program starts again, carefully.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...tiling import Config, Device
+from ..kernel import Kernel, Output, Plan
+from ..sequences import Rows, Sequences, run_of_tile
+from ..tiles import LN2, LOG2E, dense_strides, dot, store_output
+from .sizes import (
+    ARGUMENTS,
+    Band,
+    BandedSizes,
+    Place,
+    all_finite,
+    band_of_tile,
+    extent,
+    finite_part,
+    in_band,
+    inputs,
+    keys_base,
+    keys_of_run,
+    load_keys,
+    load_rows,
+    nan_of_keys,
+    place_of_tile,
+    query_grid,
+    query_tiles,
+)
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _shift(row_max, factor):
+    """What is subtracted from scaled scores; never -inf, so that nothing is NaN by itself."""
+    return tl.maximum(row_max * factor, LOWEST)
+
+
+@triton.jit
+def _softmax_step(scores, row_max, row_sum, factor):
+    """One step of the online softmax.
+
+    ``_shift`` rounds, by 1e-3 at logits of 1e4, but it is the same number in all of a row's weights; a fused product
+    adds no rounding of its own. ``banded_fwd_tile`` returns to the logarithm what the shift lost.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    shift = _shift(new_max, factor)
+    p = tl.exp2(tl.fma(scores, factor, -shift[:, None]))
+    decay = tl.exp2(_shift(row_max, factor) - shift)
+    return p, decay, new_max, row_sum * decay + tl.sum(p, 1)
+
+
+@triton.jit
+def _fwd_loop(
+    q, k_base, k_stride, v_base, v_stride, start, end, band: Band, place: Place, factor, acc, row_max, row_sum,
+    SIZES: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attend to keys ``start`` to ``end``; not MASKED: whole tiles, all of whose keys every row sees."""
+    for i in tl.range(start, end, BLOCK, num_stages=STAGES):
+        k = load_keys(k_base, k_stride, i, end, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK, MASKED)
+        scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK]
+        if MASKED:
+            if CAREFUL | (i < band.all_from) | (i + BLOCK > band.all_to):
+                scores = tl.where(in_band(i, place.high, place.low, SIZES, BLOCK), scores, float("-inf"))
+        p, decay, row_max, row_sum = _softmax_step(scores, row_max, row_sum, factor)
+        v = load_keys(v_base, v_stride, i, end, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED)
+        acc = acc * decay[:, None]
+        if CAREFUL:
+            v = finite_part(v)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def banded_fwd_tile(
+    q: Rows, k: Rows, v: Rows, seqs: Sequences, num_key_rows, scale, w, hk, head_tile, SIZES: tl.constexpr,
+    BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    EDGE_STAGES: tl.constexpr, Q_IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """Attention of query tile ``w``.
+
+    Returns ``(out, shift, log_sum, place)``: float32 ``[BLOCK_M, BLOCK_DV]``, ``[BLOCK_M]``, ``[BLOCK_M]``, and where
+    the rows lie.
+    """
+    run, first = run_of_tile(seqs, w, TOKENS)
+    first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
+    band = band_of_tile(run, first, count, SIZES, TOKENS)
+    place = place_of_tile(run, first, count, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, TOKENS, HEADS)
+    k_base = keys_base(k, run.b, first_key, hk)
+    v_base = keys_base(v, run.b, first_key, hk)
+    ks = k.strides[1]
+    vs = v.strides[1]
+    queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+    if Q_IN_REGISTERS:
+        queries = tl.where(place.exists[:, None], queries, 0.0)
+    factor = scale * LOG2E
+
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    # A tile past the run's end has nothing to do; its bands are not to be trusted.
+    end = tl.where(first < run.num_rows, band.some_to, band.some_from)
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    hot = band.some_from
+    cold = hot
+    if BLOCK_E > 0:
+        if SIZES.WINDOW > 0:
+            hot += tl.cdiv(band.all_from - band.some_from, BLOCK_E) * BLOCK_E
+            acc, row_max, row_sum = _fwd_loop(
+                queries, k_base, ks, v_base, vs, band.some_from, tl.minimum(hot, end), band, place, factor, acc,
+                row_max, row_sum, SIZES, BLOCK_E, True, False, EDGE_STAGES,
+            )  # fmt: skip
+        cold = hot + tl.maximum(tl.minimum(band.all_to, end) - hot, 0) // BLOCK_N * BLOCK_N
+        acc, row_max, row_sum = _fwd_loop(
+            queries, k_base, ks, v_base, vs, hot, cold, band, place, factor, acc, row_max, row_sum, SIZES, BLOCK_N,
+            False, False, None,
+        )  # fmt: skip
+        acc, row_max, row_sum = _fwd_loop(
+            queries, k_base, ks, v_base, vs, cold, end, band, place, factor, acc, row_max, row_sum, SIZES, BLOCK_E,
+            True, False, EDGE_STAGES,
+        )  # fmt: skip
+    else:
+        acc, row_max, row_sum = _fwd_loop(
+            queries, k_base, ks, v_base, vs, hot, end, band, place, factor, acc, row_max, row_sum, SIZES, BLOCK_N,
+            True, False, None,
+        )  # fmt: skip
+    if not all_finite(acc):
+        row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = nan_of_keys(v_base, vs, band.some_from, end, place, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
+        queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+        acc, row_max, row_sum = _fwd_loop(
+            queries, k_base, ks, v_base, vs, band.some_from, end, band, place, factor, acc, row_max, row_sum, SIZES,
+            16, True, True, 1,
+        )  # fmt: skip
+    empty = row_sum == 0
+    out = acc / tl.where(empty, 1.0, row_sum)[:, None]
+    lost = tl.fma(row_max, -factor, _shift(row_max, factor))
+    log_sum = tl.where(empty, float("-inf"), (tl.log2(tl.where(empty, 1.0, row_sum)) + lost) * LN2)
+    return out, tl.where(empty, 0.0, row_max), log_sum, place
+
+
+@triton.jit
+def banded_fwd_kernel(
+    q: Rows, k: Rows, v: Rows, out, shift, log_sum, seqs: Sequences, num_key_rows, scale, SIZES: tl.constexpr,
+    BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    EDGE_STAGES: tl.constexpr, Q_IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    # Later queries see more keys (if no window cuts them): they go first, and the short ones fill the end.
+    w = tl.num_programs(0) - 1 - tl.program_id(0)
+    parts = tl.cdiv(SIZES.GROUP, HEADS)
+    hk = tl.program_id(1) // parts
+    value, row_shift, row_log_sum, place = banded_fwd_tile(
+        q, k, v, seqs, num_key_rows, scale, w, hk, tl.program_id(1) % parts, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N,
+        BLOCK_E, EDGE_STAGES, Q_IN_REGISTERS,
+    )  # fmt: skip
+    tl.store(shift + place.n, row_shift, mask=place.exists)
+    tl.store(log_sum + place.n, row_log_sum, mask=place.exists)
+    b = place.b
+    t = place.t[:, None]
+    h = place.h[:, None]
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    cols = tl.arange(0, BLOCK_DV)[None, :]
+    mask = place.exists[:, None] & (cols < SIZES.HEAD_DIM_V)
+    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
+    store_output(out, (b, t, h, cols), strides, value, mask, (BLOCK_M, BLOCK_DV))
+
+
+def plan(
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, seqused_k: Any = None,
+    leftpad_k: Any = None, *, seq_len_k: Any, key_stride: int, first_end: int, window: int, scale: float,
+) -> Plan:  # fmt: skip
+    """q: (batch, seq_len, num_q_heads, head_dim). k, v: (batch, key rows, num_kv_heads, head_dim and head_dim_v)."""
+    batch, seq_len, num_q_heads, _ = q.shape
+    statistics = Output((batch, seq_len, num_q_heads), torch.float32)
+    return Plan(
+        inputs=inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, seq_len_k, scale),
+        outputs={
+            "out": Output((batch, seq_len, num_q_heads, v.shape[3]), q.dtype),
+            "shift": statistics,
+            "log_sum": statistics,
+        },
+        sizes=BandedSizes.of_call(q, k, v, key_stride, first_end, window),
+        extent=extent(q, k, cu_seqlens_q),
+    )
+
+
+def _config(
+    sizes: BandedSizes,
+    block_m: int,
+    block_n: int,
+    block_e: int,
+    warps: int,
+    stages: int,
+    edge_stages: int,
+    q_in_registers: bool = False,
+) -> Config:
+    tiles = query_tiles(sizes, block_m)
+    tiles |= {"BLOCK_N": block_n, "BLOCK_E": block_e, "EDGE_STAGES": edge_stages, "Q_IN_REGISTERS": q_in_registers}
+    return Config(tiles, warps, stages)
+
+
+def heuristic(sizes: BandedSizes, device: Device) -> Config:
+    """The configuration that measured best, or is known to fit."""
+    if sizes.ITEMSIZE == 4:
+        block = 32 if sizes.widest <= 128 else 16
+        return _config(sizes, block, block, block, 4, 1, 1)
+    if sizes.widest > 128:
+        return _config(sizes, 64, 32, 32, 4, 2, 1)
+    return _config(sizes, 128, 64, 32, 8, 3, 1)
+
+
+def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
+    """Those worth measuring."""
+    found = [heuristic(sizes, device)]
+    if sizes.ITEMSIZE < 4:
+        for block_m, warps in ((64, 4), (128, 4), (128, 8)):
+            for block_n in (32, 64, 128):
+                for stages in (2, 3, 4):
+                    found.append(_config(sizes, block_m, block_n, min(block_n, 32), warps, stages, 1))
+    return found
+
+
+BANDED_FWD = Kernel(
+    fn=banded_fwd_kernel,
+    schema=f"_banded_fwd(Tensor q, Tensor k, Tensor v, {ARGUMENTS}) -> (Tensor out, Tensor shift, Tensor log_sum)",
+    plan=plan,
+    grid=query_grid,
+    heuristic=heuristic,
+    candidates=candidates,
+)

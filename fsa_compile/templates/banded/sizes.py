@@ -1,0 +1,246 @@
+"""What the kernels of banded attention are compiled for, and where their tiles lie.
+
+Key ``i`` of a run covers positions up to ``last(i) = i * STRIDE + FIRST_END``; a query at position ``t`` sees it iff
+``t - WINDOW < last(i) <= t``. Compressed attention: STRIDE is kernel_stride, FIRST_END is kernel_size - 1, WINDOW is 0,
+which means none. Sliding-window attention: STRIDE 1, FIRST_END 0, WINDOW the window.
+
+A query tile holds TOKENS consecutive tokens of a run by HEADS heads of a group: row ``r`` is token ``r // HEADS`` and
+head ``r % HEADS``, so that a tile is full whatever the group, and a token's heads share the keys on chip.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ...tiling import padded
+from ..kernel import SEQUENCES, Strided, sequences
+from ..sequences import Rows, Run, Sequences, num_tiles
+
+ARGUMENTS = f"{SEQUENCES}, *, SymInt seq_len_k, int key_stride, int first_end, int window, float scale"
+
+
+class BandedSizes(NamedTuple):
+    """Static sizes; lengths and batch are run-time values and not part of it."""
+
+    NUM_KV_HEADS: int
+    GROUP: int
+    HEAD_DIM: int
+    HEAD_DIM_V: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    STRIDE: int
+    FIRST_END: int
+    WINDOW: int
+    ITEMSIZE: int
+    SPLITS: int = 1
+
+    @classmethod
+    def of_call(cls, q: Any, k: Any, v: Any, key_stride: int, first_end: int, window: int) -> BandedSizes:
+        """Read the sizes off q, k, v ``[B, T, H, D]``."""
+        num_kv_heads, head_dim, head_dim_v = int(k.shape[2]), int(q.shape[3]), int(v.shape[3])
+        return cls(
+            num_kv_heads, int(q.shape[2]) // num_kv_heads, head_dim, head_dim_v, padded(head_dim), padded(head_dim_v),
+            key_stride, first_end, window, q.dtype.itemsize,
+        )  # fmt: skip
+
+    @property
+    def widest(self) -> int:
+        """The larger of the two padded head dims."""
+        return max(self.BLOCK_D, self.BLOCK_DV)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the widest row of a tile; what fits on chip goes by it."""
+        return self.widest * self.ITEMSIZE
+
+
+def query_tiles(sizes: BandedSizes, block_m: int) -> dict[str, int]:
+    """The constexprs of a query tile of ``block_m`` rows; a group wider than that is cut."""
+    heads = min(sizes.GROUP, block_m)
+    return {"BLOCK_M": block_m, "TOKENS": block_m // heads, "HEADS": heads}
+
+
+def inputs(
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_k: Any, leftpad_k: Any, seq_len_k: Any,
+    scale: float,
+) -> dict[str, Any]:  # fmt: skip
+    """What every kernel of the family reads."""
+    seqs = sequences(q, seq_len_k, (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k))
+    return {"q": Strided(q), "k": Strided(k), "v": Strided(v), "seqs": seqs, "num_key_rows": k.shape[1], "scale": scale}
+
+
+def extent(q: Any, k: Any, cu_seqlens_q: Any) -> tuple[Any, ...]:
+    """batch, seq_len, rows of k, num_seqs, packed, num_kv_heads, group: what grids depend on."""
+    packed = cu_seqlens_q is not None
+    num_seqs = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
+    num_kv_heads = k.shape[2]
+    return q.shape[0], q.shape[1], k.shape[1], num_seqs, packed, num_kv_heads, q.shape[2] // num_kv_heads
+
+
+def query_grid(extent: tuple[Any, ...], tiles: dict[str, Any], cdiv: Any) -> tuple[Any, Any, Any]:
+    """One program per query tile and key/value head; tiles run fastest, so that a head's keys stay in L2."""
+    batch, seq_len, _, num_seqs, packed, num_kv_heads, group = extent
+    return (
+        num_tiles(batch, seq_len, num_seqs, packed, tiles["TOKENS"], cdiv),
+        num_kv_heads * cdiv(group, tiles["HEADS"]),
+        1,
+    )
+
+
+class Band(NamedTuple):
+    """Of a query tile, by key: seen by some row from ``some_from`` to ``some_to``, by all in ``all_from, all_to``."""
+
+    some_from: Any
+    all_from: Any
+    all_to: Any
+    some_to: Any
+
+
+class Place(NamedTuple):
+    """Where a query tile's rows lie, all ``[BLOCK_M]`` but ``b``, ``hk`` and ``seq_len``.
+
+    n: row of the flattened ``[B * T * HQ]`` statistics. high, low: a row sees the keys with ``low < last(i) <= high``.
+    """
+
+    b: Any
+    hk: Any
+    t: Any
+    h: Any
+    n: Any
+    exists: Any
+    high: Any
+    low: Any
+
+
+@triton.jit
+def keys_of_run(run: Run, seqs: Sequences, num_key_rows, SIZES: tl.constexpr):
+    """First row of ``k`` and number of keys of a run."""
+    first = run.first_key
+    count = run.num_keys
+    if SIZES.WINDOW == 0:
+        count = tl.maximum(count - SIZES.FIRST_END - 1 + SIZES.STRIDE, 0) // SIZES.STRIDE
+        if seqs.cu_seqlens_q is not None:
+            first = first // SIZES.STRIDE
+        else:
+            first = first * 0
+        count = tl.maximum(tl.minimum(count, num_key_rows - first), 0)
+    return first, count
+
+
+@triton.jit
+def keys_up_to(pos, count, SIZES: tl.constexpr):
+    """How many of ``count`` keys have ``last(i) <= pos``."""
+    return tl.minimum(tl.maximum(pos - SIZES.FIRST_END + SIZES.STRIDE, 0) // SIZES.STRIDE, count)
+
+
+@triton.jit
+def band_of_tile(run: Run, first, count, SIZES: tl.constexpr, TOKENS: tl.constexpr):
+    """The keys that the TOKENS tokens from ``first`` of a run see."""
+    low = run.offset + first
+    high = run.offset + tl.minimum(first + TOKENS, run.num_rows) - 1
+    some_from = first * 0
+    all_from = first * 0
+    if SIZES.WINDOW > 0:
+        some_from = keys_up_to(low - SIZES.WINDOW, count, SIZES)
+        all_from = keys_up_to(high - SIZES.WINDOW, count, SIZES)
+    return Band(some_from, all_from, keys_up_to(low, count, SIZES), keys_up_to(high, count, SIZES))
+
+
+@triton.jit
+def place_of_tile(
+    run: Run, first, count, hk, head_tile, seq_len, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """The rows of the tile that starts at token ``first`` of a run."""
+    row = tl.arange(0, BLOCK_M)
+    token = first + row // HEADS
+    head = head_tile * HEADS + row % HEADS
+    exists = (token < run.num_rows) & (row < TOKENS * HEADS) & (head < SIZES.GROUP)
+    pos = run.offset + token
+    t = run.first_row + token
+    h = hk * SIZES.GROUP + head
+    n = (run.b.to(tl.int64) * seq_len + t) * (SIZES.NUM_KV_HEADS * SIZES.GROUP) + h
+    high = tl.minimum(pos, count * SIZES.STRIDE + (SIZES.FIRST_END - 1))
+    return Place(run.b, hk, t, h, n, exists, high, pos - SIZES.WINDOW)
+
+
+@triton.jit
+def load_rows(x: Rows, place: Place, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The tile's rows of a ``[B, T, HQ, WIDTH]`` tensor; 0 where there are none."""  # [BLOCK_M, BLOCK_W]
+    cols = tl.arange(0, BLOCK_W)
+    rows = place.t.to(tl.int64) * x.strides[1] + place.h.to(tl.int64) * x.strides[2]
+    mask = place.exists[:, None]
+    if BLOCK_W != WIDTH:
+        mask = mask & (cols < WIDTH)[None, :]
+    base = x.ptr + place.b.to(tl.int64) * x.strides[0]
+    return tl.load(base + (rows[:, None] + cols[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def keys_base(x: Rows, b, first, hk):
+    """Where the keys of a run and a head start in ``k`` or ``v``."""
+    return x.ptr + (b.to(tl.int64) * x.strides[0] + first.to(tl.int64) * x.strides[1] + hk.to(tl.int64) * x.strides[2])
+
+
+@triton.jit
+def load_keys(base, stride, start, end, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
+              MASKED: tl.constexpr):  # fmt: skip
+    """Keys ``start`` to ``start + BLOCK``; those from ``end`` on are 0 if MASKED, and must exist if not."""
+    i = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK_W)
+    first = tl.full([], 0, tl.int64) + start
+    pointers = base + first * stride + (i[:, None] * stride + cols[None, :])  # [BLOCK, BLOCK_W]
+    if MASKED:
+        mask = (i < end - start)[:, None]
+        if BLOCK_W != WIDTH:
+            mask = mask & (cols < WIDTH)[None, :]
+        return tl.load(pointers, mask=mask, other=0.0)
+    elif BLOCK_W != WIDTH:
+        return tl.load(pointers, mask=(cols < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def in_band(start, high, low, SIZES: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of the keys from ``start`` on the rows see, by their ``high`` and ``low``."""  # [BLOCK_M, BLOCK]
+    last = (start + tl.arange(0, BLOCK)) * SIZES.STRIDE + SIZES.FIRST_END
+    visible = last[None, :] <= high[:, None]
+    if SIZES.WINDOW > 0:
+        visible = visible & (last[None, :] > low[:, None])
+    return visible
+
+
+@triton.jit
+def all_finite(x):
+    """Whether every element of a tile is finite (scalar)."""
+    return tl.min(tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def finite_part(x):
+    """``x`` with 0 for what is not finite."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def add_met(met, visible, x):
+    """``met`` and how many of a row's visible ``x`` are not finite, by column."""
+    infinite = tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0.0, 1.0).to(x.dtype)
+    return tl.dot(visible.to(x.dtype), infinite, met, input_precision="ieee")
+
+
+@triton.jit
+def nan_of_keys(
+    base, stride, start, end, place: Place, SIZES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """NaN where a row sees a key whose ``k`` or ``v`` is not finite in that column, else 0: a careful sum's start."""
+    met = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    for i in tl.range(start, end, 16, num_stages=1):
+        x = load_keys(base, stride, i, end, WIDTH, BLOCK_W, 16, True)
+        met = add_met(met, in_band(i, place.high, place.low, SIZES, 16), x)
+    return tl.where(met > 0, float("nan"), 0.0)
