@@ -7,6 +7,7 @@ can fuse into their neighbours or leave out.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,6 +60,20 @@ def nsa_attention(
     layout: Layout,
 ) -> Tensor:  # fmt: skip
     """All four stages and the gates."""
+    with _one_node(q):
+        return _nsa_attention(q, k, v, g_cmp, g_slc, g_swa, options, layout)
+
+
+def _one_node(q: Tensor) -> Any:
+    """While a graph is exported the whole stays one node, so sizes inside are nobody's but its own."""
+    env = getattr(getattr(q, "fake_mode", None), "shape_env", None) if torch.compiler.is_exporting() else None
+    return contextlib.nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
+
+
+def _nsa_attention(
+    q: Tensor, k: Tensor, v: Tensor, g_cmp: Tensor | None, g_slc: Tensor | None, g_swa: Tensor | None, options: Nsa,
+    layout: Layout,
+) -> Tensor:  # fmt: skip
     refuse_tangents("nsa_attention", q, k, v, g_cmp, g_slc, g_swa, options.k_cmp, options.v_cmp)
     k_cmp, v_cmp, block_indices = options[:3]
     lies: dict[str, Any] = {"scale": options.scale, **layout._asdict()}

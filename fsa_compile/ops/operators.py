@@ -190,15 +190,26 @@ class Operator:
 
     def fake(self) -> Callable[..., Any]:
         """Empty, contiguous results, of the shapes and dtypes that their names say."""
-        lines = [] if any(TENSORS[name].layout is not X_CMP for name in self.results) else [self.compressed]
-        lines.append("dims = call.dims")
+        lines = ["dims = call.dims"]
+        if self.results == ("x_cmp",):
+            lines += [self.compressed, "dims['num_compressed'] = free(dims['num_compressed'])"]
         like = next(name for name, t in self.tensors.items() if t.dtype is DATA and name not in self.optional)
         made = []
         for name in self.results:
             layout, dtype = TENSORS[name]
             sizes = ", ".join(d if d in self.options else f"dims[{d!r}]" for d in layout)
-            made.append(f"{like}.new_empty(({sizes},){'' if dtype is DATA else f', dtype={dtype}'})")
-        return self.compile(*lines, f"return {', '.join(made)}")
+            empty = f"{like}.new_empty(({sizes},){'' if dtype is DATA else f', dtype={dtype}'})"
+            made.append(empty)
+        return self.compile(*lines, f"return {', '.join(made)}", free=_free)
+
+
+def _free(length: Any) -> Any:
+    """How many compressed tokens there are, while a graph is exported: a size of its own. It may be 0 or 1 where the
+    keys are few, and torch would hold a size that is told from theirs to be more than that if it is so now.
+    """
+    if isinstance(length, int) or not torch.compiler.is_exporting():
+        return length
+    return torch.library.get_ctx().new_dynamic_size()
 
 
 def _operators() -> dict[str, Operator]:
