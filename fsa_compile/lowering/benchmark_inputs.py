@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..templates.kernel import Plan
+from ..templates.selected.sizes import Lists
 from ..templates.sequences import Sequences
 from . import _inductor
 
@@ -81,8 +82,12 @@ def generators(plan: Plan, names: list[str]) -> dict[int, Callable[[Any], torch.
         "block_indices_ptr": lambda: made.block_indices,
         "tile_offsets_ptr": made.tile_offsets,
     }
-    for i, name in enumerate(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")):
-        makers[f"seqs_{name}_ptr"] = lambda i=i: made.runs[i]
-    for i, name in enumerate(("entries", "tile_list", "tile_offsets", "list_offsets")):
-        makers[f"lists_{name}_ptr"] = lambda i=i: made.lists[i]
-    return {i: (lambda _, make=makers[name]: make()) for i, name in enumerate(names) if name in makers}
+    for i, name in enumerate(Sequences._fields[3:]):
+        makers[f"seqs_{name}_ptr"] = functools.partial(lambda i: made.runs[i], i)
+    for i, name in enumerate(Lists._fields):
+        makers[f"lists_{name}_ptr"] = functools.partial(lambda i: made.lists[i], i)
+    return {i: functools.partial(_ignoring, makers[name]) for i, name in enumerate(names) if name in makers}
+
+
+def _ignoring(make: Callable[[], torch.Tensor], _: Any) -> torch.Tensor:
+    return make()

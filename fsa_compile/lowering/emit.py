@@ -82,7 +82,7 @@ def lower(kernel: Kernel, *args: Any, **kwargs: Any) -> Any:
     main, *others = plan.outputs.items()
     written: dict[str, Any] = {}
     nodes: dict[str, Any] = {}
-    device = None
+    device: Any = None
     for name, tensor in shell.inputs.items():
         if isinstance(tensor, torch.Tensor):
             box = _inductor.realize(boxes[id(tensor)], contiguous=name not in shell.strided)

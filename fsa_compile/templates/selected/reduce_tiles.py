@@ -61,8 +61,8 @@ def plan(tiles: Any, tile_offsets: Any, like: Any, *seqs: Any, block_size: int) 
 
 def grid(extent: tuple[Any, ...], tiles: dict[str, Any], cdiv: Any) -> tuple[Any, Any, Any]:
     """One program per block, key/value head and chunk."""
-    *blocks, num_kv_heads, num_chunks = extent
-    return num_tiles(*blocks, cdiv), num_kv_heads, num_chunks
+    batch, seq_len_k, num_seqs, packed, block_size, num_kv_heads, num_chunks = extent
+    return num_tiles(batch, seq_len_k, num_seqs, packed, block_size, cdiv), num_kv_heads, num_chunks
 
 
 def heuristic(sizes: SelectedSizes, device: Device) -> Config:
