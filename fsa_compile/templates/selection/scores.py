@@ -8,6 +8,9 @@ thread has two neighbours in every eight (bits 1 and 2 of the column tell thread
 what the tokens of one block add to the next, move no data between threads but once per run.
 """
 
+# Tuples that grow as a loop unrolls are beyond mypy.
+# mypy: disable-error-code="assignment, var-annotated, misc"
+
 from __future__ import annotations
 
 import triton
@@ -28,8 +31,8 @@ def run_count(BLOCK_N, STEPS):
 
 @triton.constexpr_function
 def has_nodes(BLOCK_N, STEPS, FANOUT):
-    """Whether a run of a tile is what one node of the level above the blocks covers."""
-    return BLOCK_N // STEPS == FANOUT * run_count(BLOCK_N, STEPS)
+    """Whether a tile holds whole nodes of the level above the blocks."""
+    return BLOCK_N // STEPS >= FANOUT
 
 
 @triton.jit
@@ -196,6 +199,7 @@ def head_term(tile, statistic, k_tile, scale, SIZES: tl.constexpr):
 def store_block_scores(
     workspace, width, q: Rows, k_cmp: Rows, lse, run: Run, seq_len, hk, first, first_token, num_blocks, scale,
     SIZES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RESIDENT: tl.constexpr,
+    WARPS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Write the ranks of blocks ``0 … num_blocks - 1`` (or a few more) for BLOCK_M rows, and, where a thread has whole
     nodes of it, the level of maxima above.
@@ -207,8 +211,7 @@ def store_block_scores(
     BLOCKS: tl.constexpr = max(1, BLOCK_N // STEPS)
     CHUNKS: tl.constexpr = max(1, STEPS // BLOCK_N)
 
-    i = tl.arange(0, BLOCK_M)
-    rows = first + i
+    rows = first + tl.arange(0, BLOCK_M)
     exists = rows < run.num_rows
     pos = run.offset + rows
     limit = tl.where(pos >= SIZES.KERNEL_SIZE - 1, (pos - (SIZES.KERNEL_SIZE - 1)) // SIZES.KERNEL_STRIDE, -1)
@@ -233,14 +236,13 @@ def store_block_scores(
     k_base = k_cmp.ptr + run.b.to(tl.int64) * k_cmp.strides[0] + hk.to(tl.int64) * k_cmp.strides[2]
     k_base += first_token.to(tl.int64) * k_cmp.strides[1]
     in_dim = (cols < SIZES.HEAD_DIM)[:, None]
-    out = workspace + i.to(tl.int64) * width
 
     befores = ()
     parts = ()
-    for s in tl.static_range(SHIFTS):
+    for _ in tl.static_range(SHIFTS):
         befores = befores + (tl.full([BLOCK_M, RUNS], neutral(SIZES), tl.float32),)
     if CHUNKS > 1:
-        for s in tl.static_range(SHIFTS + 1):
+        for _ in tl.static_range(SHIFTS + 1):
             parts = parts + (tl.full([BLOCK_M, 1, 1], neutral(SIZES), tl.float32),)
 
     for tile in range(tl.cdiv(num_blocks * STEPS, BLOCK_N)):
@@ -297,12 +299,43 @@ def store_block_scores(
         block = block[None, :, :]
         free = (block >= SIZES.INIT_BLOCKS) & (block <= newest[:, None, None])
         key = tl.where(free, ranked(score, SIZES), EXCLUDED)
-        flat = first_block + tl.arange(0, BLOCKS)[None, :]
-        tl.store(out[:, None] + flat, tl.reshape(key, [BLOCK_M, BLOCKS]), mask=flat < num_blocks)
+        store_keys(workspace, width, first_block, key, num_blocks, BLOCKS // RUNS, WARPS, PIECES)
         if has_nodes(BLOCK_N, STEPS, SIZES.FANOUT):
-            node = first_block // SIZES.FANOUT + tl.arange(0, RUNS)[None, :]
-            above = out + leaves_of(num_blocks, SIZES)
-            tl.store(above[:, None] + node, tl.max(key, 2), mask=node < tl.cdiv(num_blocks, SIZES.FANOUT))
+            NODES: tl.constexpr = BLOCKS // SIZES.FANOUT
+            nodes = tl.max(tl.reshape(key, [BLOCK_M, NODES, 1, SIZES.FANOUT]), 3)
+            above = workspace + leaves_of(num_blocks, SIZES)
+            first_node = first_block // SIZES.FANOUT
+            store_keys(above, width, first_node, nodes, tl.cdiv(num_blocks, SIZES.FANOUT), 1, WARPS, 1)
+
+
+@triton.jit
+def store_keys(workspace, width, first, key, end, RUN: tl.constexpr, WARPS: tl.constexpr, PIECES: tl.constexpr):
+    """Write keys [M, RUNS, N] of runs that are RUN blocks apart, in so many pieces, as far as there are blocks.
+
+    A warp of the product has 16 consecutive rows, a warp of a store as many as its threads cover, then those of the
+    next warp. Rows are renumbered so that these are the same and no key changes warps; small enough pieces change
+    threads by shuffles, without shared memory.
+    """
+    M: tl.constexpr = key.shape[0]
+    RUNS: tl.constexpr = key.shape[1]
+    N: tl.constexpr = key.shape[2]
+    if min(PIECES, N) > 1:
+        low, high = tl.split(tl.permute(tl.reshape(key, [M, RUNS, 2, N // 2]), [0, 1, 3, 2]))
+        store_keys(workspace, width, first, low, end, RUN, WARPS, PIECES // 2)
+        store_keys(workspace, width, first + N // 2, high, end, RUN, WARPS, PIECES // 2)
+    else:
+        COLS: tl.constexpr = RUNS * N
+        TOGETHER: tl.constexpr = max(1, min(16, 32 // COLS))  # rows that a store's warp covers at once
+        TURNS: tl.constexpr = 16 // TOGETHER
+        SPAN: tl.constexpr = min(M, 16 * WARPS)
+        key = tl.reshape(key, [M // SPAN, SPAN // 16, TURNS, TOGETHER, COLS])
+        key = tl.reshape(tl.permute(key, [0, 2, 1, 3, 4]), [M, COLS])
+        i = tl.arange(0, M)
+        turn = i % SPAN // TOGETHER
+        row = i // SPAN * SPAN + turn % (SPAN // 16) * 16 + turn // (SPAN // 16) * TOGETHER + i % TOGETHER
+        col = tl.arange(0, COLS)
+        block = (first + col // N * RUN + col % N)[None, :]
+        tl.store(workspace + ((row * width)[:, None] + block), key, mask=block < end)
 
 
 @triton.jit

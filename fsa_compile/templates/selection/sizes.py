@@ -9,8 +9,8 @@ from ...tiling import next_power_of_2, padded
 # Children of a node in the tree of maxima over a row's blocks.
 FANOUT = 8
 
-# Query rows in flight, over all programs: what bounds the workspace. 264 programs of 64 rows, two on each multiprocessor
-# of an H100.
+# Query rows in flight, over all programs: what bounds the workspace. 264 programs of 64 rows, two on each
+# multiprocessor of an H100.
 ROWS_IN_FLIGHT = 264 * 64
 
 

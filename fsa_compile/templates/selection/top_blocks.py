@@ -67,23 +67,23 @@ def scored_blocks(run, first, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
     last = run.offset + tl.minimum(first + BLOCK_M, run.num_rows) - 1
     current = tl.where((last >= 0) & (first < run.num_rows), last // SIZES.BLOCK_SIZE, -1)
     some = (current >= SIZES.NUM_SELECTED) & (SIZES.NEED > 0)
-    return tl.where(some, tl.maximum(current + 1 - SIZES.LOCAL_BLOCKS, 0), 0)
+    # The second program id is 0, which the compiler cannot know: where it can prove that a loop never runs, Triton 3.6's
+    # analysis of addresses has nothing to say of the loads inside, and fails.
+    return tl.where(some, tl.maximum(current + 1 - SIZES.LOCAL_BLOCKS, 0), 0) + tl.program_id(1)
 
 
 @triton.jit
 def build_level(base, width, below, size_below, above, size_above, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
     """Maxima of a level's nodes, ``FANOUT`` at a time, for BLOCK_M rows."""
-    NODES: tl.constexpr = 16
+    NODES: tl.constexpr = 4
     CHILDREN: tl.constexpr = NODES * SIZES.FANOUT
-    PART: tl.constexpr = min(BLOCK_M, 16)
-    for part in range(BLOCK_M // PART):
-        rows = base + (part * PART + tl.arange(0, PART)).to(tl.int64) * width
-        for start in range(0, size_above, NODES):
-            child = start * SIZES.FANOUT + tl.arange(0, CHILDREN)
-            keys = tl.load(rows[:, None] + (below + child)[None, :], mask=(child < size_below)[None, :], other=EXCLUDED)
-            best = tl.max(tl.reshape(keys, [PART, NODES, SIZES.FANOUT]), 2)
-            node = start + tl.arange(0, NODES)
-            tl.store(rows[:, None] + (above + node)[None, :], best, mask=(node < size_above)[None, :])
+    rows = base + (tl.arange(0, BLOCK_M) * width)[:, None]
+    for start in range(0, size_above, NODES):
+        child = (start * SIZES.FANOUT + tl.arange(0, CHILDREN))[None, :]
+        keys = tl.load(rows + (below + child), mask=child < size_below, other=EXCLUDED)
+        node = (start + tl.arange(0, NODES))[None, :]
+        nodes = tl.max(tl.reshape(keys, [BLOCK_M, NODES, SIZES.FANOUT]), 2)
+        tl.store(rows + (above + node), nodes, mask=node < size_above)
 
 
 @triton.jit
@@ -98,10 +98,7 @@ def build_tree(base, width, num_blocks, SIZES: tl.constexpr, BLOCK_M: tl.constex
     while size > SIZES.PICKS * SIZES.FANOUT:
         above = offset + tl.cdiv(size, SIZES.FANOUT) * SIZES.FANOUT if depth == 0 else offset + size
         size_above = tl.cdiv(size, SIZES.FANOUT)
-        if not FUSED:
-            build_level(base, width, offset, size, above, size_above, SIZES, BLOCK_M)
-            tl.debug_barrier()
-        elif depth > 0:
+        if not FUSED or depth > 0:
             build_level(base, width, offset, size, above, size_above, SIZES, BLOCK_M)
             tl.debug_barrier()
         offset = above
@@ -155,7 +152,8 @@ def lowest_taken(keys, SIZES: tl.constexpr):
 def best(keys, SIZES: tl.constexpr):
     """Mark the ``NEED`` largest keys of each row, of equal ones the first; all there are, if fewer.
 
-    keys: R rows of candidates ``32 * c + lane``, as ``candidates_of`` lays them out. Also returns how many marks come before each candidate, and how many there are, ``[1, R, 1]``.
+    keys: R rows of candidates ``32 * c + lane``, as ``candidates_of`` lays them out. Also returns how many marks come
+    before each candidate, and how many there are, ``[1, R, 1]``.
     """
     low = lowest_taken(keys, SIZES)
     above = keys > low
@@ -237,9 +235,11 @@ def first_token(run: Run, seqs: Sequences, SIZES: tl.constexpr):
 @triton.jit
 def prepare(
     slot, width, q: Rows, k_cmp: Rows, lse, run: Run, seqs: Sequences, hk, first, scale, SIZES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RESIDENT: tl.constexpr, WARPS: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """Score what there is to choose from and build the tree over it; how many blocks that is, and ``build_tree``'s."""
+    scale = tl.full([], scale, tl.float32)  # a number in the source has more digits than one that is passed
     num_blocks = scored_blocks(run, first, SIZES, BLOCK_M)
     depth = num_blocks * 0
     offset = num_blocks * 0
@@ -248,17 +248,20 @@ def prepare(
         start = first_token(run, seqs, SIZES)
         store_block_scores(
             slot, width, q, k_cmp, lse, run, seqs.seq_len, hk, first, start, num_blocks, scale, SIZES, BLOCK_M,
-            BLOCK_N, RESIDENT,
+            BLOCK_N, RESIDENT, WARPS, PIECES,
         )  # fmt: skip
         tl.debug_barrier()
-        depth, offset, size = build_tree(slot, width, num_blocks, SIZES, BLOCK_M, has_nodes(BLOCK_N, SIZES.STEPS, SIZES.FANOUT))
+        depth, offset, size = build_tree(
+            slot, width, num_blocks, SIZES, BLOCK_M, has_nodes(BLOCK_N, SIZES.STEPS, SIZES.FANOUT)
+        )
     return num_blocks, depth, offset, size
 
 
 @triton.jit
 def select_blocks_kernel(
     q: Rows, k_cmp: Rows, lse, block_indices, workspace, seqs: Sequences, width, scale, SIZES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RESIDENT: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RESIDENT: tl.constexpr, WARPS: tl.constexpr, PIECES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     items = items_of(seqs, SIZES, BLOCK_M)
     picks = width - SIZES.PICKS
@@ -269,7 +272,22 @@ def select_blocks_kernel(
         if item < items:
             run, first, hk = tile_of(seqs, item, SIZES, BLOCK_M)
             num_blocks, depth, offset, size = prepare(
-                slot, width, q, k_cmp, lse, run, seqs, hk, first, scale, SIZES, BLOCK_M, BLOCK_N, RESIDENT
+                slot,
+                width,
+                q,
+                k_cmp,
+                lse,
+                run,
+                seqs,
+                hk,
+                first,
+                scale,
+                SIZES,
+                BLOCK_M,
+                BLOCK_N,
+                RESIDENT,
+                WARPS,
+                PIECES,
             )
             for part in range(BLOCK_M // ROWS):
                 base = slot + part * ROWS * width
@@ -280,9 +298,7 @@ def select_blocks_kernel(
                 mask = (row < run.num_rows)[:, None] & (col < SIZES.NUM_SELECTED)
                 t = (run.first_row + row)[:, None]
                 strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS, SIZES.NUM_SELECTED)
-                store_output(
-                    block_indices, (run.b, t, hk, col), strides, ids, mask, (ROWS, BLOCK_S)
-                )
+                store_output(block_indices, (run.b, t, hk, col), strides, ids, mask, (ROWS, BLOCK_S))
             tl.debug_barrier()
 
 
@@ -318,31 +334,42 @@ def grid(extent: tuple[Any, ...], tiles: dict[str, Any], cdiv: Any) -> tuple[Any
     return ROWS_IN_FLIGHT // tiles["BLOCK_M"], 1, 1
 
 
-def _config(sizes: SelectionSizes, block_m: int, block_n: int, rows: int, num_warps: int, num_stages: int) -> Config:
-    # A block's tokens in one tile, or 128 of them: then sums do not depend on the tile.
+def _config(
+    sizes: SelectionSizes, block_m: int, block_n: int, num_warps: int, num_stages: int, resident: bool, pieces: int
+) -> Config:
+    # A block's tokens in one tile, or 128 of them: then no sum depends on the tile.
     block_n = max(block_n, min(sizes.STEPS, 128))
-    resident = sizes.GROUP * block_m * sizes.row_bytes <= (65536 if block_m <= 64 else 131072)
-    rows = max(num_warps, min(rows, 8192 // (sizes.PICKS * sizes.FANOUT)))
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "RESIDENT": resident, "ROWS": rows}
-    tiles["BLOCK_S"] = next_power_of_2(sizes.NUM_SELECTED)
-    return Config(tiles, num_warps, num_stages)
+    # 16 candidates a thread; a row is a warp's.
+    rows = max(num_warps, min(block_m, 512 * num_warps // (sizes.PICKS * sizes.FANOUT)))
+    return Config(
+        {
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "RESIDENT": resident, "WARPS": num_warps, "PIECES": pieces,
+            "ROWS": rows, "BLOCK_S": next_power_of_2(sizes.NUM_SELECTED),
+        },
+        num_warps,
+        num_stages,
+    )  # fmt: skip
 
 
 def heuristic(sizes: SelectionSizes, device: Device) -> Config:
-    """As measured on an H100."""
-    if sizes.ITEMSIZE == 4:
-        return _config(sizes, 64, 64 if sizes.BLOCK_D <= 128 else 32, 16, 8, 1)
-    if sizes.GROUP == 1:
-        return _config(sizes, 128, 128, 16, 8, 2)
-    return _config(sizes, 64, 64, 16, 4, 2)
+    """As measured on an H100: the group's queries stay on chip where two programs fit a multiprocessor with them."""
+    if device.arch == "hip":
+        return _config(sizes, 64, 64, 4, 1, False, 1)
+    if sizes.ITEMSIZE == 4:  # multiplied from registers, which do not hold a group
+        return _config(sizes, 64, 64 if sizes.BLOCK_D <= 128 else 32, 8, 1, False, 1)
+    resident = sizes.GROUP * sizes.row_bytes <= 1024
+    if sizes.GROUP > 1 and resident:
+        return _config(sizes, 64, 64, 4, 3, True, 2)
+    return _config(sizes, 64, 128 if sizes.BLOCK_D <= 128 else 64, 4, 3, resident, 2)
 
 
 def candidates(sizes: SelectionSizes, device: Device) -> list[Config]:
     """What is worth measuring."""
     found = [heuristic(sizes, device)]
-    for block_m, block_n, num_warps in ((64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8)):
+    resident = bool(found[0].tiles["RESIDENT"])
+    for block_m, block_n, num_warps in ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8)):
         for num_stages in (2, 3):
-            one = _config(sizes, block_m, block_n, 16, num_warps, num_stages)
+            one = _config(sizes, block_m, block_n, num_warps, num_stages, resident, 2)
             if one not in found:
                 found.append(one)
     return found
