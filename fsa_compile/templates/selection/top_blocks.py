@@ -67,8 +67,8 @@ def scored_blocks(run, first, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
     last = run.offset + tl.minimum(first + BLOCK_M, run.num_rows) - 1
     current = tl.where((last >= 0) & (first < run.num_rows), last // SIZES.BLOCK_SIZE, -1)
     some = (current >= SIZES.NUM_SELECTED) & (SIZES.NEED > 0)
-    # The second program id is 0, which the compiler cannot know: where it can prove that a loop never runs, Triton 3.6's
-    # analysis of addresses has nothing to say of the loads inside, and fails.
+    # The second program id is 0, which the compiler cannot know: where it can prove that a loop never runs, Triton
+    # 3.6's analysis of addresses has nothing to say of the loads inside, and fails.
     return tl.where(some, tl.maximum(current + 1 - SIZES.LOCAL_BLOCKS, 0), 0) + tl.program_id(1)
 
 
