@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +28,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 kernels = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
 
+# Shrinking takes minutes in the interpreter.
+PHASES = (Phase.explicit, Phase.generate) if INTERPRETED else tuple(Phase)
+EXAMPLES = settings(max_examples=12 if INTERPRETED else 60, phases=PHASES)
 STACK = 32  # a few bytes of stack are not spills
 Bounds = tuple[tuple[int, int], ...]  # first and last + 1 row of each sequence
 
@@ -124,7 +127,7 @@ WINDOWS = ((8, 4), (32, 16), (4, 4), (12, 3), (20, 4), (1, 1), (5, 1), (96, 48))
 
 
 @kernels
-@settings(max_examples=12 if INTERPRETED else 60)
+@EXAMPLES
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5), before=st.integers(0, 40), after=st.integers(0, 40),
     windows=st.sampled_from(WINDOWS), heads=st.integers(1, 3), head_dim=st.sampled_from((1, 7, 16, 24, 64)),
@@ -143,7 +146,7 @@ def test_packed(
 
 
 @kernels
-@settings(max_examples=12 if INTERPRETED else 60)
+@EXAMPLES
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90)), min_size=1, max_size=4),
     extra=st.integers(0, 30), windows=st.sampled_from(WINDOWS), heads=st.integers(1, 3),
@@ -162,17 +165,17 @@ def test_batched_and_padded(
 
 
 @kernels
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(4))
 def test_every_candidate_gives_the_same_bits(index: int) -> None:
     """Sums are in one order, whatever the tiles."""
 
     def pick(kernel: Any, sizes: Any) -> Config:
         found = kernel.candidates(sizes, Device("generic", ""))
-        return found[index * len(found) // 6]
+        return found[index * len(found) // 4]
 
-    cu_seqlens = cumulative((37, 1, 64, 15, 400), DEVICE)
-    x = normal((1, 530, 2, 48), torch.float32, "contiguous", 0)
-    for kernel, options in ((MEAN_COMPRESS_FWD, {}), (MEAN_COMPRESS_BWD, {"seq_len": 2122})):
+    cu_seqlens = cumulative((37, 1, 64, 15, 70), DEVICE)
+    x = normal((1, 200, 2, 24), torch.float32, "contiguous", 0)
+    for kernel, options in ((MEAN_COMPRESS_FWD, {}), (MEAN_COMPRESS_BWD, {"seq_len": 802})):
         options |= {"kernel_size": 12, "kernel_stride": 4}
         args = (x, cu_seqlens, None, None)
         assert torch.equal(launch(kernel, pick, *args, **options), launch(kernel, None, *args, **options))
