@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fsa_compile.ops import attend, compressed, reference, selected, selection, window
 from fsa_compile.ops.dispatch import implementation
-from fsa_compile.testing.budget import assert_within_budget
+from fsa_compile.testing.budget import Budget, assert_within_budget
 from fsa_compile.testing.calls import Call, backward_call, call_of, forward_call, run, selection_of, upstream_of
 from fsa_compile.testing.inputs import make_inputs
 from fsa_compile.testing.specs import Spec
@@ -121,9 +121,32 @@ def test_large_logits(spec: Spec, name: str, module: Any, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype,logits", ((torch.float32, 3.0), (torch.float16, 64.0), (torch.bfloat16, 64.0)), ids=str)
 def test_moderate_logits(name: str, dtype: torch.dtype, logits: float) -> None:
     """In one pass, in float32. Scaling by 128**-0.5 rounds: forward and backward have to do it alike."""
-    spec = Spec(logits=logits, seq_len=60, head_dim=128, head_dim_v=128)
+    spec = Spec(logits=logits, seq_len=300, head_dim=128, head_dim_v=128)
     _, shift, _ = check(call_of(name, make_inputs(spec, dtype=dtype)))
     assert not shift.any()
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("factor", (3.0, 4.0, 5.0, 6.0, 7.0))
+def test_logits_about_where_float64_begins(name: str, factor: float) -> None:
+    """One row of two keys, many times: a log-sum-exp is resolved well enough on both sides of the border."""
+    spec = Spec(seq_len=1, extra_keys=1, num_kv_heads=1, gqa_group_size=1, kernel_size=1, kernel_stride=1)
+    budgets: dict[int, Budget] = {}
+    for seed in range(64):
+        x = make_inputs(spec, seed=seed)
+        x.q.mul_(factor)
+        x.k.mul_(factor)
+        call = call_of(name, x)
+        upstream = upstream_of(call)
+        runs = [
+            run(call.op(), call, upstream),
+            run(call.reference(), call.to(torch.float64), upstream),
+            run(call.reference(), call, upstream),
+        ]
+        for i, triple in enumerate(zip(*([*outs, *grads] for outs, grads in runs), strict=True)):
+            budgets.setdefault(i, Budget(f"{name} {i}", torch.float32)).add(*triple)
+    for budget in budgets.values():
+        budget.check()
 
 
 @pytest.mark.parametrize("name", ATTENTION)

@@ -34,6 +34,8 @@ __all__ = [
 # The largest log-sum-exp that float32 is good enough for: rounding one is a relative error in all the probabilities of
 # its row, of 1e-6 at most for float32 inputs, which rounding the logits makes as well, and of 3e-5 for 16-bit ones.
 _FAR = {torch.float32: 16.0, torch.float16: 512.0, torch.bfloat16: 512.0}
+# Over a few float32 keys plain PyTorch is more exact than that, and float64 costs next to nothing.
+_FEW_KEYS, _FAR_OF_FEW = 16, 4.0
 
 _LANES = 4  # widths that are no multiple of it cost a quarter
 TILE_MULTIPLE = 16  # of rows and keys that are no multiple of it, the library multiplies the rest in another order
@@ -74,14 +76,15 @@ def tile_backward(
 
 
 def attend_precisely(
-    forward: Callable[[torch.dtype], tuple[Tensor, Tensor]], inputs: torch.dtype, scale: float
+    forward: Callable[[torch.dtype], tuple[Tensor, Tensor]], k: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, shift, log_sum) of a forward that takes the dtype to compute in and returns (out, lse).
 
-    inputs: the dtype of q, k and v.
+    k: [B, N, HK, D], the keys.
     """
     out, lse = forward(torch.float32)
-    if not ((lse.abs() > _FAR[inputs]) & lse.isfinite()).any():
+    few = k.dtype == torch.float32 and k.shape[1] <= _FEW_KEYS
+    if not ((lse.abs() > (_FAR_OF_FEW if few else _FAR[k.dtype])) & lse.isfinite()).any():
         return out, torch.zeros_like(lse), lse
     out, lse = forward(torch.float64)
     shift = (lse / scale).masked_fill_(~lse.isfinite(), 0).float()

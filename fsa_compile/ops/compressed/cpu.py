@@ -67,7 +67,7 @@ def _forward(options: Compressed, run: Run, q: Tensor, k: Tensor, v: Tensor) -> 
             lse[:, rows, heads] = s.transpose(1, 2)
         return out, lse
 
-    return unless_nan(attend_precisely(forward, q.dtype, scale), careful)
+    return unless_nan(attend_precisely(forward, k, scale), careful)
 
 
 def _backward(

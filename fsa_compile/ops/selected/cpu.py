@@ -70,7 +70,7 @@ def _forward_of_run(options: Selected, run: Run, q: Tensor, k: Tensor, v: Tensor
         return out, lse
 
     careful = partial(portable.selected_attention_forward, q, k, v, block_indices, options, Layout())
-    return unless_nan(attend_precisely(forward, q.dtype, options.scale), careful)
+    return unless_nan(attend_precisely(forward, k, options.scale), careful)
 
 
 def _backward_of_run(

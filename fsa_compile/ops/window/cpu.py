@@ -59,7 +59,7 @@ def _forward(options: Sliding, run: Run, q: Tensor, k: Tensor, v: Tensor) -> Res
         return out, lse
 
     careful = partial(portable.sliding_window_attention_forward, q, k, v, options, Layout())
-    return unless_nan(attend_precisely(forward, q.dtype, scale), careful)
+    return unless_nan(attend_precisely(forward, k, scale), careful)
 
 
 def _backward(
