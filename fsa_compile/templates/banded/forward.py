@@ -85,7 +85,7 @@ def _fwd_loop(
 def banded_fwd_tile(
     q: Rows, k: Rows, v: Rows, seqs: Sequences, num_key_rows, scale, w, hk, head_tile, SIZES: tl.constexpr,
     BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    EDGE_STAGES: tl.constexpr, Q_IN_REGISTERS: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of query tile ``w``.
 
@@ -101,8 +101,6 @@ def banded_fwd_tile(
     ks = k.strides[1]
     vs = v.strides[1]
     queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
-    if Q_IN_REGISTERS:
-        queries = tl.where(place.exists[:, None], queries, 0.0)
     factor = scale * LOG2E
 
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
@@ -154,7 +152,7 @@ def banded_fwd_tile(
 def banded_fwd_kernel(
     q: Rows, k: Rows, v: Rows, out, shift, log_sum, seqs: Sequences, num_key_rows, scale, SIZES: tl.constexpr,
     BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    EDGE_STAGES: tl.constexpr, Q_IN_REGISTERS: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     # Later queries see more keys (if no window cuts them): they go first, and the short ones fill the end.
     w = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -162,7 +160,7 @@ def banded_fwd_kernel(
     hk = tl.program_id(1) // parts
     value, row_shift, row_log_sum, place = banded_fwd_tile(
         q, k, v, seqs, num_key_rows, scale, w, hk, tl.program_id(1) % parts, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N,
-        BLOCK_E, EDGE_STAGES, Q_IN_REGISTERS,
+        BLOCK_E, EDGE_STAGES,
     )  # fmt: skip
     tl.store(shift + place.n, row_shift, mask=place.exists)
     tl.store(log_sum + place.n, row_log_sum, mask=place.exists)
@@ -196,38 +194,37 @@ def plan(
 
 
 def _config(
-    sizes: BandedSizes,
-    block_m: int,
-    block_n: int,
-    block_e: int,
-    warps: int,
-    stages: int,
-    edge_stages: int,
-    q_in_registers: bool = False,
+    sizes: BandedSizes, block_m: int, block_n: int, block_e: int, warps: int, stages: int, edge_stages: int = 1
 ) -> Config:
+    """``block_e``: width of masked tiles, which then have loops of their own; 0: one loop, masks where needed."""
     tiles = query_tiles(sizes, block_m)
-    tiles |= {"BLOCK_N": block_n, "BLOCK_E": block_e, "EDGE_STAGES": edge_stages, "Q_IN_REGISTERS": q_in_registers}
+    tiles |= {"BLOCK_N": block_n, "BLOCK_E": block_e, "EDGE_STAGES": edge_stages}
     return Config(tiles, warps, stages)
 
 
 def heuristic(sizes: BandedSizes, device: Device) -> Config:
-    """The configuration that measured best, or is known to fit."""
+    """The configuration that measured best on an H100, or is known to fit."""
+    pipelined = 1 if device.arch == "hip" else 2
     if sizes.ITEMSIZE == 4:
-        block = 32 if sizes.widest <= 128 else 16
-        return _config(sizes, block, block, block, 4, 1, 1)
+        return _config(sizes, 32, 32, 0, 8, 1)
     if sizes.widest > 128:
-        return _config(sizes, 64, 32, 32, 4, 2, 1)
-    return _config(sizes, 128, 64, 32, 8, 3, 1)
+        return _config(sizes, 128, 32, 0, 8, pipelined)
+    if sizes.WINDOW > 0:
+        # A window is few tiles, so that filling the pipeline shows: one loop, and small programs to hide it.
+        return _config(sizes, 64, 64, 0, 4, pipelined)
+    if device.arch == "sm_90":
+        return _config(sizes, 256, 64, 0, 16, 3)
+    return _config(sizes, 128, 64, 0, 8, pipelined)
 
 
 def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
     """Those worth measuring."""
     found = [heuristic(sizes, device)]
     if sizes.ITEMSIZE < 4:
-        for block_m, warps in ((64, 4), (128, 4), (128, 8)):
-            for block_n in (32, 64, 128):
-                for stages in (2, 3, 4):
-                    found.append(_config(sizes, block_m, block_n, min(block_n, 32), warps, stages, 1))
+        for block_m, warps, most in ((64, 4, 3), (128, 8, 4), (256, 16, 3)):
+            if block_m < 256 or sizes.widest <= 128:
+                for block_e in (0, 32):
+                    found += [_config(sizes, block_m, 64, block_e, warps, stages, 2) for stages in range(2, most + 1)]
     return found
 
 
