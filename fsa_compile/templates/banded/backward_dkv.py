@@ -7,7 +7,7 @@ up in order. With one split the results are final.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,74 +15,21 @@ import triton.language as tl
 
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
-from ..sequences import Rows, Run, Sequences, _bound, _search, batched_run, num_tiles, packed_run
+from ..sequences import Rows, Sequences, num_tiles
 from ..tiles import LOG2E, accumulate, dense_strides, dot, store_output
 from .sizes import (
     ARGUMENTS,
     BandedSizes,
+    KeyTile,
     add_met,
     all_finite,
     extent,
     finite_part,
     inputs,
+    key_tile,
     keys_base,
-    keys_of_run,
     query_tiles,
 )
-
-
-class KeyTile(NamedTuple):
-    """A tile of keys. first: its first key, which may be before the run's. row: that key's row of ``k``.
-
-    row_end: the rows of ``k`` to write end there. some_from to some_to: the tokens of the run that see some of the
-    keys; all_from to all_to: those that see them all.
-    """
-
-    run: Run
-    first: Any
-    first_key: Any
-    count: Any
-    row_end: Any
-    some_from: Any
-    all_from: Any
-    all_to: Any
-    some_to: Any
-
-
-@triton.jit
-def _clamped(pos, run: Run):
-    return tl.minimum(tl.maximum(pos - run.offset, 0), run.num_rows)
-
-
-@triton.jit
-def _key_tile(seqs: Sequences, num_key_rows, w, SIZES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Key tile ``w``. Tiles cover every row of ``k``, those of no run as well, whose gradients are zero."""
-    if seqs.cu_seqlens_k is not None:
-        SPAN: tl.constexpr = BLOCK_N * SIZES.STRIDE
-        r = _search(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, w, SPAN)
-        run = packed_run(seqs, r)
-        first = (w - run.first_key // SPAN - r) * BLOCK_N
-        row_end = _bound(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r + 1) // SIZES.STRIDE
-        row_end = tl.where(r > seqs.num_seqs, num_key_rows, tl.minimum(row_end, num_key_rows))
-        first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
-    else:
-        tiles = tl.cdiv(num_key_rows, BLOCK_N)
-        b = w // tiles
-        run = batched_run(seqs, b)
-        first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
-        first = (w - b * tiles) * BLOCK_N - first_key
-        row_end = w * 0 + num_key_rows
-    low = tl.maximum(first, 0) * SIZES.STRIDE + SIZES.FIRST_END
-    high = (tl.minimum(first + BLOCK_N, count) - 1) * SIZES.STRIDE + SIZES.FIRST_END
-    some_from = _clamped(low, run)
-    all_from = _clamped(high, run)
-    all_to = run.num_rows
-    some_to = run.num_rows
-    if SIZES.WINDOW > 0:
-        all_to = _clamped(low + SIZES.WINDOW, run)
-        some_to = _clamped(high + SIZES.WINDOW, run)
-    some_to = tl.where(low > high, some_from, some_to)
-    return KeyTile(run, first, first_key, count, row_end, some_from, all_from, all_to, some_to)
 
 
 @triton.jit
@@ -269,7 +216,7 @@ def banded_bwd_dkv_tile(
 
     Returns ``(dk, dv, b, row, exists)``: also the tile's rows of ``k`` and which of them there are, all ``[BLOCK_N]``.
     """
-    tile = _key_tile(seqs, num_key_rows, w, SIZES, BLOCK_N)
+    tile = key_tile(seqs, num_key_rows, w, SIZES, BLOCK_N)
     run = tile.run
     k_base = keys_base(k, run.b, tile.first_key, hk)
     v_base = keys_base(v, run.b, tile.first_key, hk)

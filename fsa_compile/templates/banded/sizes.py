@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ...tiling import padded
 from ..kernel import SEQUENCES, Strided, sequences
-from ..sequences import Rows, Run, Sequences, num_tiles
+from ..sequences import Rows, Run, Sequences, _bound, _search, batched_run, num_tiles, packed_run
 
 ARGUMENTS = f"{SEQUENCES}, *, SymInt seq_len_k, int key_stride, int first_end, int window, float scale"
 
@@ -244,3 +244,57 @@ def nan_of_keys(
         x = load_keys(base, stride, i, end, WIDTH, BLOCK_W, 16, True)
         met = add_met(met, in_band(i, place.high, place.low, SIZES, 16), x)
     return tl.where(met > 0, float("nan"), 0.0)
+
+
+class KeyTile(NamedTuple):
+    """A tile of keys. first: its first key, which may be before the run's. row: that key's row of ``k``.
+
+    row_end: the rows of ``k`` to write end there. some_from to some_to: the tokens of the run that see some of the
+    keys; all_from to all_to: those that see them all.
+    """
+
+    run: Run
+    first: Any
+    first_key: Any
+    count: Any
+    row_end: Any
+    some_from: Any
+    all_from: Any
+    all_to: Any
+    some_to: Any
+
+
+@triton.jit
+def _clamped(pos, run: Run):
+    return tl.minimum(tl.maximum(pos - run.offset, 0), run.num_rows)
+
+
+@triton.jit
+def key_tile(seqs: Sequences, num_key_rows, w, SIZES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Key tile ``w``. Tiles cover every row of ``k``, those of no run as well, whose gradients are zero."""
+    if seqs.cu_seqlens_k is not None:
+        SPAN: tl.constexpr = BLOCK_N * SIZES.STRIDE
+        r = _search(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, w, SPAN)
+        run = packed_run(seqs, r)
+        first = (w - run.first_key // SPAN - r) * BLOCK_N
+        row_end = _bound(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r + 1) // SIZES.STRIDE
+        row_end = tl.where(r > seqs.num_seqs, num_key_rows, tl.minimum(row_end, num_key_rows))
+        first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
+    else:
+        tiles = tl.cdiv(num_key_rows, BLOCK_N)
+        b = w // tiles
+        run = batched_run(seqs, b)
+        first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
+        first = (w - b * tiles) * BLOCK_N - first_key
+        row_end = w * 0 + num_key_rows
+    low = tl.maximum(first, 0) * SIZES.STRIDE + SIZES.FIRST_END
+    high = (tl.minimum(first + BLOCK_N, count) - 1) * SIZES.STRIDE + SIZES.FIRST_END
+    some_from = _clamped(low, run)
+    all_from = _clamped(high, run)
+    all_to = run.num_rows
+    some_to = run.num_rows
+    if SIZES.WINDOW > 0:
+        all_to = _clamped(low + SIZES.WINDOW, run)
+        some_to = _clamped(high + SIZES.WINDOW, run)
+    some_to = tl.where(low > high, some_from, some_to)
+    return KeyTile(run, first, first_key, count, row_end, some_from, all_from, all_to, some_to)
