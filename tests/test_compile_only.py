@@ -1,4 +1,4 @@
-"""Every kernel, with the configuration it would be launched with, compiles for GPUs that are not here and fits on them."""
+"""Every kernel, configured as it would be launched, compiles for GPUs that are not here and fits on them."""
 
 from __future__ import annotations
 

@@ -101,9 +101,14 @@ class _Body:
     def _store(self, call: ast.Call, depth: int) -> list[str]:
         """``store_output(out, indices, strides, value, mask, shape)``: the strides are Inductor's own."""
         out, indices, _, value, mask, shape = call.args
-        assert not self.rank and isinstance(out, ast.Name) and out.id == self.main
-        assert isinstance(indices, ast.Tuple) and isinstance(shape, ast.Tuple)
-        assert isinstance(value, ast.Name) and isinstance(mask, ast.Name)
+        if self.rank or ast.unparse(out) != self.main:
+            raise NotImplementedError(
+                f"store_output of {ast.unparse(out)}: one, of {self.main}, is what a template has"
+            )
+        assert isinstance(indices, ast.Tuple)
+        assert isinstance(shape, ast.Tuple)
+        assert isinstance(value, ast.Name)
+        assert isinstance(mask, ast.Name)
         self.rank = len(indices.elts)
         names = [f"index_{i}" for i in range(self.rank)]
         lines = [f"{n} = ({ast.unparse(e)}).to(INDEX)" for n, e in zip(names, indices.elts, strict=True)]

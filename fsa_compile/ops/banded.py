@@ -16,6 +16,10 @@ from .rules import kernel_runs
 
 _ops = torch.ops.fsa
 
+# Programs that share the queries of a tile of compressed keys: the first keys are seen by all queries and the last by
+# few, and there are too few tiles to even that out.
+SPLITS = 4
+
 
 class Band(NamedTuple):
     """Which keys a query sees."""
@@ -44,4 +48,10 @@ def backward(
     delta = _ops._attention_delta(grad_out, grad_log_sum, out)
     args = (grad_out, *inputs, shift, log_sum, delta, *kernel_runs(layout))
     dq = _ops._banded_bwd_dq(*args, **band._asdict())
-    return dq, *_ops._banded_bwd_dkv(*args, **band._asdict(), splits=1)
+    splits = SPLITS if band.window == 0 and band.key_stride > 1 else 1
+    dk, dv = _ops._banded_bwd_dkv(*args, **band._asdict(), splits=splits)
+    if splits > 1:
+        dk, dv = (
+            _ops._banded_sum(parts, like, splits=splits) for parts, like in zip((dk, dv), inputs[1:], strict=True)
+        )
+    return dq, dk, dv

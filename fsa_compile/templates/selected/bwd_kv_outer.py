@@ -95,7 +95,7 @@ def plan(
     grad_out: Any, q: Any, k: Any, v: Any, block_indices: Any, shift: Any, log_sum: Any, delta: Any,
     *lists_and_seqs: Any, block_size: int, scale: float, with_dq: bool,
 ) -> Plan:  # fmt: skip
-    """Float32 tiles ``[W, C, BLOCK_N, D or DV]`` of dk and dv and, if wanted, dq's partials ``[B, T, HK, S, C, G, D]``."""
+    """Float32 tiles ``[W, C, BLOCK_N, D or DV]`` of dk and dv; if wanted, dq's partials ``[B, T, HK, S, C, G, D]``."""
     sizes = SelectedSizes.of_call(q, k, v, block_indices, block_size)
     num_tiles = lists_and_seqs[1].shape[0]
     tile = (num_tiles, sizes.NUM_CHUNKS, sizes.BLOCK_N)

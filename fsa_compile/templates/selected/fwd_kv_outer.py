@@ -59,7 +59,7 @@ def selected_fwd_kv_outer_kernel(
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
     cols = tl.arange(0, BLOCK_DV)[None, :]
     for m in range(tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M)):
-        valid, n, t, pos, g, partial = list_rows(lists.entries, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
+        valid, _, t, pos, g, partial = list_rows(lists.entries, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
         rows = load_rows(q, run.b, hk, t, g, valid, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         out, row_max, row_sum = attend_chunk(rows, k_chunk, v_chunk, keys, pos, scale)
         store_stats(partial_stats, partial, valid, row_max, row_sum)
