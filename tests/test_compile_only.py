@@ -28,6 +28,7 @@ SPILL_ALLOWANCE = {
     "select_blocks": 64,
 }
 WIDE_SPILL_ALLOWANCE = 1536
+UNTUNED_SPILL_ALLOWANCE = 448  # the same kernels where nobody has tuned them
 
 PROBLEMS = {
     # group, head_dim, head_dim_v, block_size, dtype
@@ -75,14 +76,16 @@ def launches(
     return list(found.plans.values())
 
 
-def allowed(kernel: Kernel, sizes: Any) -> int:
-    wide = any(getattr(sizes, name, 0) > 128 for name in ("HEAD_DIM", "HEAD_DIM_V")) or sizes.ITEMSIZE == 4
-    return max(SPILL_ALLOWANCE.get(kernel.name, STACK), WIDE_SPILL_ALLOWANCE if wide else 0)
+def allowed(kernel: Kernel, sizes: Any, target: str = "sm_90") -> int:
+    wide = any(getattr(sizes, name, 0) > 128 for name in ("HEAD_DIM", "HEAD_DIM_V"))
+    wide |= getattr(sizes, "ITEMSIZE", 2) == 4
+    untuned = UNTUNED_SPILL_ALLOWANCE if target != "sm_90" and kernel.name in SPILL_ALLOWANCE else 0
+    return max(SPILL_ALLOWANCE.get(kernel.name, STACK), untuned, WIDE_SPILL_ALLOWANCE if wide else 0)
 
 
 def test_every_kernel_is_among_them() -> None:
     names = {kernel.name for kernel, _ in launches(*PROBLEMS["g4-bf16"])}
-    assert names >= {kernel.name for kernel in KERNELS} - {"banded_sum"}
+    assert names == {kernel.name for kernel in KERNELS}
 
 
 # Compiling takes its time: every problem for Hopper, two of them for the others.
@@ -96,7 +99,7 @@ def test_configurations_fit(problem: str, target: str) -> None:
     too_much = []
     for kernel, plan in launches(*PROBLEMS[problem]):
         usage = compile_record(kernel, plan, kernel.config(plan.sizes, device_of(target)), target)
-        if usage.spilled > allowed(kernel, plan.sizes) or usage.shared > SHARED_MEMORY[target]:
+        if usage.spilled > allowed(kernel, plan.sizes, target) or usage.shared > SHARED_MEMORY[target]:
             too_much.append((kernel.name, usage))
     assert not too_much
 
