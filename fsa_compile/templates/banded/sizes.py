@@ -216,7 +216,10 @@ def in_band(start, high, low, SIZES: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def all_finite(x):
-    """Whether every element of a tile is finite (scalar). Not axis by axis, which Triton 3.7 cannot compile for sm_100."""
+    """Whether every element of a tile is finite (scalar).
+
+    Not axis by axis, which Triton 3.7 cannot compile for sm_100.
+    """
     return tl.min((tl.abs(x) < float("inf")).to(tl.int32)) > 0
 
 
