@@ -77,14 +77,21 @@ def test_cpu_constants_reproduce_the_aten_probe_within_30_percent() -> None:
 
 
 def test_the_kernels_tiles_are_the_ones_that_the_model_counts() -> None:
-    from fsa_compile.cost.problem import ENTRIES_PER_TILE
+    from fsa_compile.cost.problem import KV_OUTER_ROWS
+    from fsa_compile.templates.selected.fwd_kv_outer import heuristic
+    from fsa_compile.templates.selected.fwd_query_outer import heuristic as query_outer
+    from fsa_compile.templates.selected.sizes import SelectedSizes
+    from fsa_compile.tiling import Device
 
-    config = pytest.importorskip("fsa_compile.templates.config", exc_type=ImportError)
-    assert config.ENTRIES_PER_TILE == ENTRIES_PER_TILE
+    device = Device("sm_90", "")
     for head_dim, block_size, itemsize in itertools.product((16, 80, 128, 256), (16, 64, 128, 256), (2, 4)):
         problem = at(head_dim=head_dim, block_size=block_size, itemsize=itemsize)
-        sizes = config.StaticSizes(4, 4, head_dim, 128, 16, block_size, itemsize, False)
-        assert sizes.num_chunks == problem.chunks
+        sizes = SelectedSizes.of(4, 4, head_dim, 128, 16, block_size, itemsize)
+        assert sizes.NUM_CHUNKS == problem.chunks
+    for group in (1, 3, 16, 17, 64):
+        sizes = SelectedSizes.of(4, group, 128, 128, 16, 64, 2)
+        assert query_outer(sizes, device).tiles["BLOCK_G"] == at(gqa_group_size=group).query_rows
+        assert heuristic(sizes, device).tiles["BLOCK_M"] == KV_OUTER_ROWS
 
 
 def test_decoding_takes_the_order_without_lists() -> None:

@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 import triton
-from programs import backward, gated
+from programs import backward, gated, whole
 from torch import Tensor
 
 import fsa_compile
@@ -32,6 +32,8 @@ _PROGRAMS = {
     "forward-fsa-batched-dynamic": (gated, "fsa", _BATCHED, True),
     "backward-nsa-packed-static": (backward, "nsa", _PACKED, False),
     "backward-fsa-batched-dynamic": (backward, "fsa", _BATCHED, True),
+    "whole-fsa-batched-dynamic": (whole, "fsa", _BATCHED, True),
+    "whole-nsa-packed-static": (whole, "nsa", _PACKED, False),
 }
 
 
@@ -45,6 +47,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[T
     wanted, files = {}, []
     for name, (make, order, spec, dynamic) in _PROGRAMS.items():
         options = {"block_size": spec.block_size, "scale": spec.scale}
+        if make is whole:
+            options |= {**spec.windows, **spec.selection, "window_size": spec.window_size}
         fn, args = make(order, **options), _arguments(make, spec)
         harness = Harness()
         shapes = [(a, (1,) if dynamic and a.dim() > 1 else ()) for a in args]
@@ -66,7 +70,9 @@ def _arguments(make: Callable[..., Any], spec: Spec) -> list[Tensor]:
     cu_seqlens = [t for t in (x.cu_seqlens_q, x.cu_seqlens_k) if t is not None]
     shape = (*x.q.shape[:3], spec.head_dim_v)
     args = [x.q, x.k, x.v, x.block_indices]
-    if make is gated:
+    if make is whole:
+        args = [x.q, x.k, x.v, *x.gates, torch.randn(shape)]
+    elif make is gated:
         args += [torch.randn(shape), torch.randn(shape), *x.gates]
     else:
         packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=False))

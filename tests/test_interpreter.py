@@ -1,4 +1,4 @@
-"""`test_kernels.py` in Triton's interpreter, in a process of its own: it has to be on before Triton is imported."""
+"""The kernels' tests in Triton's interpreter, in processes of their own: it has to be on before Triton is imported."""
 
 from __future__ import annotations
 
@@ -12,8 +12,22 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("part", ["fsa", "nsa", "opcheck"])
-def test_kernels_in_the_interpreter(part: str) -> None:
+# Which tests of which file; nothing is left out, and no process takes long.
+PARTS = [
+    ("test_kernels.py", "fsa"),
+    ("test_kernels.py", "not fsa"),
+    ("test_banded_kernels.py", ""),
+    ("test_compression_kernels.py", ""),
+    ("test_selection_kernels.py", ""),
+]
+
+
+def test_every_file_of_kernel_tests_is_run() -> None:
+    assert {file for file, _ in PARTS} == {path.name for path in TESTS.glob("test_*kernels.py")}
+
+
+@pytest.mark.parametrize(("file", "part"), PARTS)
+def test_kernels_in_the_interpreter(file: str, part: str) -> None:
     command = [
         sys.executable,
         "-m",
@@ -29,7 +43,7 @@ def test_kernels_in_the_interpreter(part: str) -> None:
         part,
     ]
     done = subprocess.run(
-        [*command, str(TESTS / "test_kernels.py")],
+        [*command, str(TESTS / file)],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=TESTS.parent,
         capture_output=True,

@@ -207,6 +207,32 @@ def test_rows_without_a_block(order: str) -> None:
 
 @kernels
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("first", [39, 32], ids=["last key", "last block"])
+@pytest.mark.parametrize("of", ["k", "v"])
+def test_what_is_not_finite_reaches_only_the_rows_that_see_it(order: str, value: float, first: int, of: str) -> None:
+    """The others, of the same block too, keep every bit of their output, statistics and gradient."""
+    inputs = make_inputs(Spec(seq_len=40, num_kv_heads=1, block_size=16, num_selected=3), DEVICE)
+    current = torch.arange(40, device=DEVICE) // 16
+    ids = torch.arange(3, device=DEVICE)[None].expand(40, -1)
+    block_indices = ids.masked_fill(ids > current[:, None], -1)[None, :, None].int().contiguous()
+    upstream = [torch.ones(*inputs.q.shape[:3], inputs.v.shape[3], device=DEVICE), None]
+    results = []
+    for spoil in (False, True):
+        k, v = inputs.k.clone(), inputs.v.clone()
+        if spoil:
+            (k if of == "k" else v)[:, first:] = value
+        call = Call("selected_attention", (inputs.q, k, v), (), {"block_size": 16, "scale": None})
+        results.append(run(lambda *args, **kw: in_order(order)(*args, block_indices, **kw), call, upstream))
+    (outs, grads), (spoiled, spoiled_grads) = results
+    for clean, other in zip([*outs, grads[0]], [*spoiled, spoiled_grads[0]], strict=True):
+        assert torch.equal(clean[:, :first], other[:, :first])
+    if of == "v" or value != value:  # an infinite key may have a weight of 0
+        assert not spoiled[0][:, first:].isfinite().all(-1).any()
+
+
+@kernels
+@pytest.mark.parametrize("order", ORDERS)
 def test_deterministic(order: str) -> None:
     spec = (
         Spec(seq_len=20)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
+from ..tiling import ENTRIES_PER_TILE
 from .device import DEVICES, Device
-from .problem import ENTRIES_PER_TILE, KV_OUTER_ROWS, LOOP_ORDERS, Problem
+from .problem import KV_OUTER_ROWS, LOOP_ORDERS, Problem
 
 # A loop order whose temporaries exceed this share of the device's memory is not chosen by itself: slow beats failing.
 SCRATCH_SHARE = 0.5

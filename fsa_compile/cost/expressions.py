@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import sympy
 from sympy import Expr, Integer, Max, Min, Rational, Symbol, ceiling
 
+from ..tiling import ENTRIES_PER_TILE
 from .device import DEVICES
-from .problem import ENTRIES_PER_TILE, KV_OUTER_ROWS
+from .problem import KV_OUTER_ROWS
 
 
 def _sym(name: str) -> Symbol:

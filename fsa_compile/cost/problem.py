@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..tiling import next_power_of_2, selected_block_n
+
 LOOP_ORDERS = ("fsa", "nsa")
 
-# The kernels' tiles, as fsa_compile.templates has them (tests compare; this package imports nothing of the other).
+# The kernels' tiles; what both packages reckon with is in fsa_compile.tiling.
 # Rows of the KV-outer passes' matmuls: (entry, query head) pairs of one list, taken this many at a time.
 KV_OUTER_ROWS = 64
 # Tensor cores have no smaller row count, so the query-outer passes pad the group's heads up to it.
 MIN_QUERY_ROWS = 16
-# Entries of one list that one work item of a KV-outer pass serves.
-ENTRIES_PER_TILE = 1024
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,9 @@ class Problem:
     @property
     def query_rows(self) -> int:
         """Rows of the query-outer matmul tile: G rounded up to a power of two, at least ``MIN_QUERY_ROWS``."""
-        return max(MIN_QUERY_ROWS, 1 << (self.gqa_group_size - 1).bit_length())
+        return max(MIN_QUERY_ROWS, next_power_of_2(self.gqa_group_size))
 
     @property
     def chunks(self) -> int:
         """Pieces that the KV-outer passes cut a block into to fit it on chip; each makes partials of its own."""
-        widest = 1 << (max(self.head_dim, self.head_dim_v) - 1).bit_length()
-        keys = 64 if self.itemsize < 4 else max(16, 4096 // widest)
-        return max(1, self.block_size // keys)
+        return self.block_size // selected_block_n(self.block_size, self.head_dim, self.head_dim_v, self.itemsize)

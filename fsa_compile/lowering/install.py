@@ -174,5 +174,6 @@ def warn_if_replaced(op: str) -> None:
     )
 
 
+# Whoever imports this has the compiler; `switch` counts on the pass being in its slot from then on.
 if is_switched_on():
     install()

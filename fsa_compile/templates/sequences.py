@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
 
 @triton.jit
-def _bound(cu_seqlens, num_seqs, total, r):
+def run_start(cu_seqlens, num_seqs, total, r):
     """Where packed run ``r`` starts: run 0 is what lies before the first sequence, ``num_seqs + 1`` after the last."""
     i = tl.minimum(tl.maximum(r - 1, 0), num_seqs)
     bound = tl.minimum(tl.maximum(tl.load(cu_seqlens + i), 0), total)
@@ -62,18 +62,18 @@ def _bound(cu_seqlens, num_seqs, total, r):
 
 
 @triton.jit
-def _search(cu_seqlens, num_seqs, total, value, BLOCK: tl.constexpr, APART: tl.constexpr = True):
+def find_run(cu_seqlens, num_seqs, total, value, BLOCK: tl.constexpr, APART: tl.constexpr = True):
     """The last packed run that starts at or before ``value``; with a BLOCK, counted in tiles that no run shares.
 
-    Run ``r`` owns the tiles from ``bound(r) // BLOCK + r`` on: as many as it can need, known without any table. Not
-    APART, from ``bound(r) // BLOCK`` on: as many as it fills.
+    Run ``r`` owns the tiles from ``run_start(r) // BLOCK + r`` on: as many as it can need, known without any table. Not
+    APART, from ``run_start(r) // BLOCK`` on: as many as it fills.
     """
     lo = value * 0
     hi = value * 0 + num_seqs + 1
     width = num_seqs + 1
     while width > 0:
         mid = (lo + hi + 1) // 2
-        start = _bound(cu_seqlens, num_seqs, total, mid)
+        start = run_start(cu_seqlens, num_seqs, total, mid)
         if BLOCK > 0:
             start = start // BLOCK + (mid if APART else 0)
         below = start <= value
@@ -87,10 +87,10 @@ def _search(cu_seqlens, num_seqs, total, value, BLOCK: tl.constexpr, APART: tl.c
 def packed_run(seqs: Sequences, r):
     """Packed run ``r`` (scalar or tile)."""
     inside = (r >= 1) & (r <= seqs.num_seqs)
-    first_row = _bound(seqs.cu_seqlens_q, seqs.num_seqs, seqs.seq_len, r)
-    num_rows = tl.maximum(_bound(seqs.cu_seqlens_q, seqs.num_seqs, seqs.seq_len, r + 1) - first_row, 0)
-    first_key = _bound(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r)
-    num_keys = _bound(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r + 1) - first_key
+    first_row = run_start(seqs.cu_seqlens_q, seqs.num_seqs, seqs.seq_len, r)
+    num_rows = tl.maximum(run_start(seqs.cu_seqlens_q, seqs.num_seqs, seqs.seq_len, r + 1) - first_row, 0)
+    first_key = run_start(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r)
+    num_keys = run_start(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r + 1) - first_key
     num_keys = tl.where(inside, tl.maximum(num_keys, 0), 0)
     return Run(r * 0, tl.where(inside, r - 1, -1), first_row, num_rows, first_key, num_keys, num_keys - num_rows)
 
@@ -114,7 +114,7 @@ def run_of_row(seqs: Sequences, n):
     row on the time axis: its position is ``run.offset + t - run.first_row``.
     """
     if seqs.cu_seqlens_q is not None:
-        run = packed_run(seqs, _search(seqs.cu_seqlens_q, seqs.num_seqs, seqs.seq_len, n, 0))
+        run = packed_run(seqs, find_run(seqs.cu_seqlens_q, seqs.num_seqs, seqs.seq_len, n, 0))
         t = n
     else:
         b = n // seqs.seq_len
@@ -130,7 +130,7 @@ def run_of_tile(seqs: Sequences, w, BLOCK: tl.constexpr):
     The first row may be past the end: such a tile has nothing to do. There are ``num_tiles`` of them.
     """
     if seqs.cu_seqlens_q is not None:
-        r = _search(seqs.cu_seqlens_q, seqs.num_seqs, seqs.seq_len, w, BLOCK)
+        r = find_run(seqs.cu_seqlens_q, seqs.num_seqs, seqs.seq_len, w, BLOCK)
         run = packed_run(seqs, r)
         first = (w - run.first_row // BLOCK - r) * BLOCK
     else:
@@ -138,25 +138,6 @@ def run_of_tile(seqs: Sequences, w, BLOCK: tl.constexpr):
         b = w // tiles
         run = batched_run(seqs, b)
         first = (w - b * tiles) * BLOCK
-    return run, first
-
-
-@triton.jit
-def run_of_key_tile(seqs: Sequences, w, BLOCK: tl.constexpr):
-    """The run that key tile ``w`` is of, and the first of its BLOCK rows of ``k``, counted from ``first_key``.
-
-    Tiles cover every row of ``k``, those of no run as well, so that their gradients can be written: batched, a tile
-    may begin before the first key (a negative count) and end after the last.
-    """
-    if seqs.cu_seqlens_k is not None:
-        r = _search(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, w, BLOCK)
-        run = packed_run(seqs, r)
-        first = (w - run.first_key // BLOCK - r) * BLOCK
-    else:
-        tiles = tl.cdiv(seqs.seq_len_k, BLOCK)
-        b = w // tiles
-        run = batched_run(seqs, b)
-        first = (w - b * tiles) * BLOCK - run.first_key
     return run, first
 
 
@@ -169,11 +150,11 @@ def run_of_block(seqs: Sequences, w, BLOCK_SIZE: tl.constexpr):
     round to what lies before the first key.
     """
     if seqs.cu_seqlens_k is not None:
-        r = _search(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, w, BLOCK_SIZE)
+        r = find_run(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, w, BLOCK_SIZE)
         run = packed_run(seqs, r)
-        start = _bound(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r)
+        start = run_start(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r)
         block = w - start // BLOCK_SIZE - r
-        num_rows = _bound(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r + 1) - start
+        num_rows = run_start(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r + 1) - start
     else:
         blocks = tl.cdiv(seqs.seq_len_k, BLOCK_SIZE)
         b = w // blocks
@@ -191,7 +172,7 @@ def run_of_compressed(seqs: Sequences, b, rows, STRIDE: tl.constexpr):
     is a compressed token: a run may be too short to have it.
     """
     if seqs.cu_seqlens_k is not None:
-        r = _search(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, rows, STRIDE, False)
+        r = find_run(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, rows, STRIDE, False)
         run = packed_run(seqs, r)
         window = rows - run.first_key // STRIDE
     else:
@@ -201,5 +182,5 @@ def run_of_compressed(seqs: Sequences, b, rows, STRIDE: tl.constexpr):
 
 
 def num_tiles(batch: Any, rows: Any, num_seqs: Any, packed: bool, block: int, cdiv: Any) -> Any:
-    """How many tiles of ``block`` rows ``run_of_tile`` and ``run_of_key_tile`` number."""
+    """How many tiles of ``block`` rows ``run_of_tile`` and ``run_of_block`` number."""
     return cdiv(rows - (block - 1), block) + num_seqs + 2 if packed else batch * cdiv(rows, block)

@@ -126,3 +126,25 @@ def dense_strides(seq_len, num_heads, width):
     """Strides of batch, time and head of a dense ``[B, T, H, W]`` tensor, the first two in 64 bits."""
     row = tl.zeros([], tl.int64) + num_heads * width
     return row * seq_len, row, width
+
+
+@triton.jit
+def all_finite(x):
+    """Whether every element of a tile is finite (scalar).
+
+    Not axis by axis, which Triton 3.7 cannot compile for sm_100.
+    """
+    return tl.min((tl.abs(x) < float("inf")).to(tl.int32)) > 0
+
+
+@triton.jit
+def finite_part(x):
+    """``x`` with 0 for what is not finite."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def add_met(met, visible, x):
+    """``met`` and how many of a row's visible ``x`` are not finite, by column."""
+    infinite = tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0.0, 1.0).to(x.dtype)
+    return tl.dot(visible.to(x.dtype), infinite, met, input_precision="ieee")

@@ -16,15 +16,12 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
 from ..sequences import Rows, Sequences, num_tiles
-from ..tiles import LOG2E, accumulate, dense_strides, dot, store_output
+from ..tiles import LOG2E, accumulate, add_met, all_finite, dense_strides, dot, finite_part, store_output
 from .sizes import (
     ARGUMENTS,
     BandedSizes,
     KeyTile,
-    add_met,
-    all_finite,
     extent,
-    finite_part,
     inputs,
     key_tile,
     keys_base,

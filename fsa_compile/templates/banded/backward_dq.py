@@ -13,16 +13,14 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, dense_strides, dot, store_output
+from ..tiles import LOG2E, all_finite, dense_strides, dot, finite_part, store_output
 from .sizes import (
     ARGUMENTS,
     Band,
     BandedSizes,
     Place,
-    all_finite,
     band_of_tile,
     extent,
-    finite_part,
     in_band,
     inputs,
     keys_base,

@@ -17,7 +17,8 @@ import triton.language as tl
 
 from ...tiling import padded
 from ..kernel import SEQUENCES, Strided, sequences
-from ..sequences import Rows, Run, Sequences, _bound, _search, batched_run, num_tiles, packed_run
+from ..sequences import Rows, Run, Sequences, batched_run, find_run, num_tiles, packed_run, run_start
+from ..tiles import add_met
 
 ARGUMENTS = f"{SEQUENCES}, *, SymInt seq_len_k, int key_stride, int first_end, int window, float scale"
 
@@ -215,28 +216,6 @@ def in_band(start, high, low, SIZES: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def all_finite(x):
-    """Whether every element of a tile is finite (scalar).
-
-    Not axis by axis, which Triton 3.7 cannot compile for sm_100.
-    """
-    return tl.min((tl.abs(x) < float("inf")).to(tl.int32)) > 0
-
-
-@triton.jit
-def finite_part(x):
-    """``x`` with 0 for what is not finite."""
-    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
-
-
-@triton.jit
-def add_met(met, visible, x):
-    """``met`` and how many of a row's visible ``x`` are not finite, by column."""
-    infinite = tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0.0, 1.0).to(x.dtype)
-    return tl.dot(visible.to(x.dtype), infinite, met, input_precision="ieee")
-
-
-@triton.jit
 def nan_of_keys(
     base, stride, start, end, place: Place, SIZES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -277,10 +256,10 @@ def key_tile(seqs: Sequences, num_key_rows, w, SIZES: tl.constexpr, BLOCK_N: tl.
     """Key tile ``w``. Tiles cover every row of ``k``, those of no run as well, whose gradients are zero."""
     if seqs.cu_seqlens_k is not None:
         SPAN: tl.constexpr = BLOCK_N * SIZES.STRIDE
-        r = _search(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, w, SPAN)
+        r = find_run(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, w, SPAN)
         run = packed_run(seqs, r)
         first = (w - run.first_key // SPAN - r) * BLOCK_N
-        row_end = _bound(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r + 1) // SIZES.STRIDE
+        row_end = run_start(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r + 1) // SIZES.STRIDE
         row_end = tl.where(r > seqs.num_seqs, num_key_rows, tl.minimum(row_end, num_key_rows))
         first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
     else:

@@ -15,7 +15,16 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import SEQUENCES, Kernel, Output, Plan, sequences
 from ..sequences import Rows, Sequences
-from ..tiles import Statistics, accumulate, dot, load_statistics, probabilities, store_output, store_tile
+from ..tiles import (
+    Statistics,
+    accumulate,
+    dot,
+    finite_part,
+    load_statistics,
+    probabilities,
+    store_output,
+    store_tile,
+)  # fmt: skip
 from .fwd_kv_outer import grid
 from .lists import chunk_keys, list_rows, list_tile, load_chunk, load_rows
 from .sizes import (
@@ -43,7 +52,7 @@ def chunk_gradients(q, grad_out, k, v, keys, pos, shift, log_sum, delta, scale):
     visible = keys[:, None] <= pos[None, :]
     p = probabilities(dot(k, tl.trans(q)), visible, shift[None, :], log_sum[None, :], scale)  # [BLOCK_N, BLOCK_M]
     dv = dot(p.to(grad_out.dtype), grad_out)
-    ds = p * (dot(v, tl.trans(grad_out)) - delta[None, :])
+    ds = tl.where(visible, p * (dot(v, tl.trans(grad_out)) - delta[None, :]), 0.0)
     ds = ds.to(q.dtype)
     return dot(ds, q), dv, ds
 
@@ -59,6 +68,8 @@ def selected_bwd_kv_outer_kernel(
     keys, exists = chunk_keys(block, chunk, run.num_keys, first < last, SIZES)
     k_chunk = load_chunk(k, run, hk, keys, exists, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     v_chunk = load_chunk(v, run, hk, keys, exists, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+    # A key that is not finite spoils the ds of the rows that see it, and must not reach the others: 0 times it is NaN.
+    k_finite = finite_part(k_chunk)
     HEAD_DIM: tl.constexpr = SIZES.HEAD_DIM
     BLOCK_N: tl.constexpr = SIZES.BLOCK_N
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
@@ -79,7 +90,7 @@ def selected_bwd_kv_outer_kernel(
         dk, dk_lost = accumulate(dk, dk_lost, dk_part, SIZES.ITEMSIZE == 4)
         dv, dv_lost = accumulate(dv, dv_lost, dv_part, SIZES.ITEMSIZE == 4)
         if dq_partial is not None:
-            dq = dot(tl.trans(ds), k_chunk) * scale  # [BLOCK_M, BLOCK_D]
+            dq = dot(tl.trans(ds), k_finite) * scale  # [BLOCK_M, BLOCK_D]
             store_tile(dq_partial, partial * SIZES.HEAD_DIM, valid, dq, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     if first < last:
         tile_rows = (w.to(tl.int64) * SIZES.NUM_CHUNKS + chunk) * SIZES.BLOCK_N + tl.arange(0, SIZES.BLOCK_N)

@@ -15,25 +15,34 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import SEQUENCES, Kernel, Output, Plan, sequences
 from ..sequences import Rows, Sequences
-from ..tiles import dot, exp_scaled, finite_max, store_output
+from ..tiles import dot, exp_scaled, finite_max, finite_part, store_output
 from .lists import chunk_keys, list_rows, list_tile, load_chunk, load_rows
 from .sizes import LISTS, Lists, SelectedSizes, attention_inputs, list_inputs, spread, warps
 
 
 @triton.jit
-def attend_chunk(q, k, v, keys, pos, scale):
+def first_spoiled(v, keys):
+    """The position of the first key whose value is not finite; past all positions if they all are."""
+    finite = tl.abs(v.to(tl.float32)) < float("inf")
+    return tl.min(tl.where(finite, 2147483647, keys[:, None]))
+
+
+@triton.jit
+def attend_chunk(q, k, v, keys, pos, spoiled_from, scale):
     """Attention of BLOCK_M rows over the keys of one chunk, with a softmax of its own.
 
     Returns float32 ``(out [BLOCK_M, BLOCK_DV], row_max [BLOCK_M], row_sum [BLOCK_M])``: the normalised output, the
     largest score before scaling and the sum of ``exp(scale * (score - row_max))``; a row that sees no key of the chunk
-    has 0, ``-inf`` and 0.
+    has 0, ``-inf`` and 0. Values are finite; a row that sees one that was not, at ``spoiled_from``, is NaN: throughout,
+    as one number a row costs nothing, where only some columns need be.
     """
     visible = keys[None, :] <= pos[:, None]
     scores = tl.where(visible, dot(q, tl.trans(k)), float("-inf"))  # [BLOCK_M, BLOCK_N]
     row_max = tl.max(scores, 1)
     p = exp_scaled(scores, finite_max(row_max)[:, None], scale)
     row_sum = tl.sum(p, 1)
-    out = dot(p.to(v.dtype), v) / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    total = tl.where(pos >= spoiled_from, float("nan"), tl.where(row_sum > 0, row_sum, 1.0))
+    out = dot(p.to(v.dtype), v) / total[:, None]
     return out, row_max, row_sum
 
 
@@ -54,6 +63,9 @@ def selected_fwd_kv_outer_kernel(
     keys, exists = chunk_keys(block, chunk, run.num_keys, first < last, SIZES)
     k_chunk = load_chunk(k, run, hk, keys, exists, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     v_chunk = load_chunk(v, run, hk, keys, exists, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+    # A weight of 0 does not keep out what is not finite, and rows that do not see it must not notice.
+    spoiled_from = first_spoiled(v_chunk, keys)
+    v_chunk = finite_part(v_chunk)
     # In a tuple only a name is a constant.
     HEAD_DIM_V: tl.constexpr = SIZES.HEAD_DIM_V
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
@@ -61,7 +73,7 @@ def selected_fwd_kv_outer_kernel(
     for m in range(tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M)):
         valid, _, t, pos, g, partial = list_rows(lists.entries, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
         rows = load_rows(q, run.b, hk, t, g, valid, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
-        out, row_max, row_sum = attend_chunk(rows, k_chunk, v_chunk, keys, pos, scale)
+        out, row_max, row_sum = attend_chunk(rows, k_chunk, v_chunk, keys, pos, spoiled_from, scale)
         store_stats(partial_stats, partial, valid, row_max, row_sum)
         mask = valid[:, None] & (cols < SIZES.HEAD_DIM_V)
         store_output(partial_out, (partial[:, None], cols), (HEAD_DIM_V,), out, mask, (BLOCK_M, BLOCK_DV))
