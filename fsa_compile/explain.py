@@ -7,22 +7,24 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import cost, debug
 from .lowering import Site
 from .lowering.switch import is_enabled, is_switched_on
 from .lowering.where import frames_of, innermost, where_of
-from .ops.problem import device_of, problem_of
-from .ops.schema import signature
+from .ops.rules import RULES
+from .ops.schema import bound_arguments
 
 __all__ = ["Explanation", "GraphBreak", "Site", "explain"]
 
-_NSA_OPS = ("nsa_attention", "selected_attention")
+_ONE_WAY = "its kernels run in one loop order"
 _NOT_NSA = "dense attention, not NSA; plain-PyTorch NSA is not recognised in this release"
 _EXPLANATION = re.compile(r"^\s*Explanation: (.*)$", re.MULTILINE)
 _WRAPPED = re.compile(r": got ([A-Za-z_.]+\(.*\))$", re.MULTILINE)
@@ -49,9 +51,10 @@ class GraphBreak:
 class Explanation:
     """What `explain` found. `print` it, or read the fields.
 
-    sites: every attention found, in the order of the graphs. NSA sites (`op` starts with `"fsa::"`) have `loop_order`,
-        `costs` (predicted seconds by loop order, forward or forward + backward) and `where` whether or not they are
-        `matched`; dense ones are never matched.
+    sites: every attention found, in the order of the graphs. NSA sites (`op` starts with `"fsa::"`) have `where`,
+        `stages` (the operators they consist of) and, with a selected branch, `loop_order` and `costs` (predicted
+        seconds by loop order, forward or forward + backward), whether or not they are `matched`; dense ones are never
+        matched.
     graph_breaks: one for each place where the graph broke.
     num_graphs: graphs that were captured.
     errors: what failed while explaining; empty if all went well.
@@ -181,7 +184,7 @@ def _sites(gm: fx.GraphModule) -> Iterator[Site]:
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
                 name = _function(node)
-                if name.startswith("fsa::") and name.removeprefix("fsa::") in _NSA_OPS:
+                if name.startswith("fsa::"):
                     yield _nsa_site(node, name)
                 elif name in _DENSE or (name in _SOFTMAX and _feeds_matmul(node)):
                     shown = name if name in _DENSE else "softmax, then matmul"
@@ -216,32 +219,59 @@ def _feeds_matmul(softmax: fx.Node) -> bool:
 def _nsa_site(node: fx.Node, name: str) -> Site:
     where = where_of(node)
     try:
-        choice, kind = _choice(node, name)
+        calls, out = _leaf_calls(node)
+        choice = _choice(calls, training=out.requires_grad)
     except Exception as error:
         return Site(name, False, None, reason=f"could not be read: {_message(error)}", where=where)
-    obstacle = _obstacle(kind)
-    reason = f"{obstacle}; {choice.reason}" if obstacle else choice.reason
-    return Site(name, not obstacle, choice.order, dict(choice.costs), reason, where)
+    obstacle = _obstacle(out.device.type)
+    reason = "; ".join(filter(None, (obstacle, choice.reason if choice else "" if obstacle else _ONE_WAY)))
+    stages = tuple(op.removesuffix("_forward") for op, _ in calls)
+    order, costs = (choice.order, dict(choice.costs)) if choice else (None, {})
+    return Site(name, not obstacle, order, costs, reason, where, stages)
 
 
-def _choice(node: fx.Node, name: str) -> tuple[cost.Choice, str]:
-    """The lowering's choice for one call, and its device's type."""
-    bound = signature(name.removeprefix("fsa::")).bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
-    arguments = bound.arguments
+class _Recorder(TorchDispatchMode):
+    """Collects the calls of semantic operators that the lowering has a rule for, arguments by name."""
 
-    def value(name: str) -> torch.Tensor:
-        return arguments[name].meta["example_value"]
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, dict[str, Any]]] = []
 
-    q = value("q")
-    blocks = arguments["num_selected"] if arguments["block_indices"] is None else value("block_indices")
-    problem = problem_of(q, value("k"), value("v"), blocks, arguments["block_size"])
-    out = node.meta["example_value"]
-    out = out if isinstance(out, torch.Tensor) else out[0]
-    # The result tells what autocast made of the inputs, and whether a backward will follow.
-    problem = replace(problem, itemsize=out.dtype.itemsize)
-    choice = cost.choose(problem, device_of(q), arguments["loop_order"], training=out.requires_grad)
-    return choice, q.device.type
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("fsa::")
+        if func.namespace == "fsa" and name in RULES:
+            self.calls.append((name, bound_arguments(func, args, kwargs or {})))
+        return func(*args, **kwargs or {})
+
+
+def _leaf_calls(node: fx.Node) -> tuple[list[tuple[str, dict[str, Any]]], torch.Tensor]:
+    """The operators that a public one consists of, in order, called on its fake tensors; and its first result."""
+
+    def value(x: fx.Node) -> Any:
+        return x.meta["example_value"]
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    first = next(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+    result = node.meta["example_value"]
+    out = result if isinstance(result, torch.Tensor) else result[0]
+    recorder = _Recorder()
+    with torch.no_grad(), first.fake_mode, recorder:  # type: ignore[attr-defined]
+        # The result's dtype tells what autocast made of the inputs.
+        if out.is_floating_point() and out.dtype != first.dtype:
+            with torch.autocast(first.device.type, out.dtype):
+                node.target(*args, **kwargs)  # type: ignore[operator]
+        else:
+            node.target(*args, **kwargs)  # type: ignore[operator]
+    return recorder.calls, out
+
+
+def _choice(calls: list[tuple[str, dict[str, Any]]], *, training: bool) -> cost.Choice | None:
+    """The lowering's choice for the one of the calls that has loop orders."""
+    for op, arguments in calls:
+        choose = RULES[op].choose
+        if choose is not None:
+            return choose(arguments, training=training)
+    return None
 
 
 def _obstacle(device_type: str) -> str:
@@ -261,7 +291,6 @@ def _obstacle(device_type: str) -> str:
 
 _WIDTH = 110
 _WORDS = ("", "where", "operator", "calls", "lowered", "order")
-_HEAD = (*_WORDS, *(f"{order} predicted" for order in cost.LOOP_ORDERS), "speed-up")
 
 
 def _report(e: Explanation) -> Iterator[str]:
@@ -275,11 +304,15 @@ def _report(e: Explanation) -> Iterator[str]:
     if nsa:
         alike = _alike(nsa)
         yield ""
-        yield from _table([_HEAD, *(_row(i, s, n) for i, (s, n) in enumerate(alike, 1))])
+        head = (*_WORDS, *(f"{order} predicted" for order in cost.LOOP_ORDERS), "speed-up")
+        yield from _table([head, *(_row(i, s, n) for i, (s, n) in enumerate(alike, 1))])
         yield "  Predicted is the time of the selected branch."
         yield ""
         yield "Why"
         yield from _numbered(s.reason for s, _ in alike)
+        yield ""
+        yield "Stages, each lowered where the site is"
+        yield from _numbered(", ".join(f"{op}{_times(n)}" for op, n in Counter(s.stages).items()) for s, _ in alike)
     if dense:
         yield ""
         yield "Other attention, left alone"
@@ -313,8 +346,8 @@ def _row(number: int, site: Site, calls: int) -> tuple[str, ...]:
     times = tuple(cost.format_seconds(site.costs[o]) if o in site.costs else "-" for o in cost.LOOP_ORDERS)
     speedup = "-"
     if site.loop_order and site.costs:
-        others = [seconds for order, seconds in site.costs.items() if order != site.loop_order]
-        speedup = f"{min(others) / site.costs[site.loop_order]:.1f}x"
+        other = cost.best_other(site.costs, site.loop_order)
+        speedup = f"{site.costs[other] / site.costs[site.loop_order]:.1f}x"
     lowered = "yes" if site.matched else "no"
     return (str(number), _short(site.where), site.op, str(calls), lowered, site.loop_order or "-", *times, speedup)
 

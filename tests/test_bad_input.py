@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fsa_compile
 from fsa_compile import debug
 from fsa_compile.ops import schema
+from fsa_compile.ops.operators import OPERATORS
 from fsa_compile.testing.calls import Call, backward_call, call_of, forward_call, run, selection_of, upstream_of
 from fsa_compile.testing.inputs import make_inputs
 from fsa_compile.testing.specs import NAMED, Spec
@@ -146,7 +147,7 @@ BAD = (
 
 def named_arguments(call: Call) -> dict[str, Any]:
     """All arguments by name, without gradients, positional ones first."""
-    names = [p.name for p in schema.signature(call.name).parameters.values()]
+    names = [p.name for p in OPERATORS[call.name].signature.parameters.values()]
     values = [x.detach() if isinstance(x, Tensor) else x for x in call.args]
     return {**dict(zip(names, values, strict=False)), **call.options}
 

@@ -19,6 +19,7 @@ import fsa_compile
 from fsa_compile import cost, debug, lowering
 from fsa_compile.lowering.where import innermost
 from fsa_compile.ops.problem import device_of, problem_of, size_hint
+from fsa_compile.ops.selected import orders
 
 explain_module = importlib.import_module("fsa_compile.explain")
 explain = explain_module.explain
@@ -101,7 +102,7 @@ def test_backward_is_counted_only_where_one_will_follow(x: Tensor) -> None:
 
 
 def test_cuda_site_is_matched_with_the_lowerings_choice(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain_module, "device_of", lambda tensor: cost.DEVICES["H200"])
+    monkeypatch.setattr(orders, "device_of", lambda tensor: cost.DEVICES["H200"])
     for group, order in ((1, "fsa"), (16, "nsa")):
         arguments = cuda_arguments(group)
         (site,) = explain(selected, *arguments).sites
@@ -109,6 +110,39 @@ def test_cuda_site_is_matched_with_the_lowerings_choice(fake_cuda: None, monkeyp
         choice = cost.choose(problem, cost.DEVICES["H200"])
         assert (site.matched, site.loop_order, site.costs, site.reason) == (True, order, choice.costs, choice.reason)
         assert site.where == SELECTED
+
+
+def test_a_whole_tells_its_stages(fake_cuda: None) -> None:
+    q, k, _ = cuda_arguments()
+    g = torch.empty(q.shape[:3], dtype=q.dtype, device="cuda")
+
+    def whole(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
+        return fsa_compile.nsa_attention(q, k, k, g, g, g)
+
+    (site,) = explain(whole, q, k, g).sites
+    selected = ("compressed_attention", "select_blocks", "selected_attention")
+    assert site.stages == ("mean_compress", "mean_compress", *selected, "sliding_window_attention")
+    assert site.matched
+    assert "mean_compress (2 times), compressed_attention, select_blocks," in str(explain(whole, q, k, g))
+
+
+def test_every_stage_is_a_site_of_its_own(fake_cuda: None) -> None:
+    q, k, _ = cuda_arguments()
+
+    def stages(q: Tensor, k: Tensor) -> Tensor:
+        k_cmp = fsa_compile.mean_compress(k)
+        out, lse = fsa_compile.compressed_attention(q, k_cmp, k_cmp, seq_len_k=k.shape[1])
+        blocks = fsa_compile.select_blocks(q, k_cmp, lse, seq_len_k=k.shape[1])
+        window = fsa_compile.sliding_window_attention(q, k, k, window_size=512)[0]
+        return out + window + selected(q, k, blocks)
+
+    result = explain(stages, q, k)
+    assert result.errors == []
+    names = ["mean_compress", "compressed_attention", "select_blocks", "sliding_window_attention", "selected_attention"]
+    assert [(s.op, s.matched, s.stages) for s in result.sites] == [(f"fsa::{n}", True, (n,)) for n in names]
+    assert [s.loop_order is None for s in result.sites] == [True] * 4 + [False]
+    assert [s.reason for s in result.sites[:4]] == ["its kernels run in one loop order"] * 4
+    assert all(s.where.startswith(HERE) for s in result.sites if s.where)
 
 
 def test_loop_order_is_taken_from_the_call(fake_cuda: None) -> None:
@@ -305,7 +339,7 @@ def test_a_site_that_cannot_be_read_is_reported(x: Tensor, monkeypatch: pytest.M
     def broken(*args: Any) -> Any:
         raise RuntimeError("cannot size it")
 
-    monkeypatch.setattr(explain_module, "problem_of", broken)
+    monkeypatch.setattr(orders, "problem_of", broken)
     (site,) = explain(Nsa(), x).sites
     assert (site.matched, site.reason) == (False, "could not be read: RuntimeError: cannot size it")
     assert site.where == SITE
@@ -331,7 +365,7 @@ def test_random_state_and_compiled_functions_survive(x: Tensor) -> None:
 
 
 def test_report_is_readable(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain_module, "device_of", lambda tensor: cost.DEVICES["H200"])
+    monkeypatch.setattr(orders, "device_of", lambda tensor: cost.DEVICES["H200"])
 
     def model(q: Tensor, k: Tensor, block_indices: Tensor) -> Tensor:
         out = selected(q, k, block_indices)

@@ -267,7 +267,7 @@ def test_a_failing_expansion_leaves_the_operator(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("broken on purpose")
 
-    monkeypatch.setitem(orders._FORWARD, "nsa", broken)
+    monkeypatch.setitem(orders.ORDERS, "nsa", orders.Order(broken, broken))
     harness = Harness()
     with lowering.collect_sites() as sites:
         code = harness.emit(gated("nsa"), *fakes(harness))

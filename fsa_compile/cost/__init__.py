@@ -9,25 +9,27 @@ imported when the first cost is evaluated, not when the package is: it would add
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .choice import Choice, PassTime, breakdown, choose, format_seconds, scratch_bytes
+from .choice import Choice, PassTime, best_other, breakdown, choose, format_seconds, scratch_bytes
 from .device import DEVICES, Device, device_for
 from .problem import LOOP_ORDERS, Problem
 
 if TYPE_CHECKING:
-    from .expressions import BACKWARD_EXPRESSIONS, EXPRESSIONS, SCRATCH_EXPRESSIONS, describe
+    from .orders import ORDERS, Order
+    from .text import describe
 
 __all__ = [
-    "BACKWARD_EXPRESSIONS",
     "Choice",
     "DEVICES",
     "Device",
-    "EXPRESSIONS",
     "LOOP_ORDERS",
+    "ORDERS",
+    "Order",
     "PassTime",
     "Problem",
-    "SCRATCH_EXPRESSIONS",
+    "best_other",
     "breakdown",
     "choose",
     "describe",
@@ -36,12 +38,10 @@ __all__ = [
     "scratch_bytes",
 ]
 
-_NEEDS_SYMPY = frozenset({"BACKWARD_EXPRESSIONS", "EXPRESSIONS", "SCRATCH_EXPRESSIONS", "describe"})
+_NEEDS_SYMPY = {"ORDERS": "orders", "Order": "orders", "describe": "text"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _NEEDS_SYMPY:
-        from . import expressions
-
-        return getattr(expressions, name)
+        return getattr(importlib.import_module(f".{_NEEDS_SYMPY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -13,9 +13,6 @@ from .problem import KV_OUTER_ROWS, LOOP_ORDERS, Problem
 
 # A loop order whose temporaries exceed this share of the device's memory is not chosen by itself: slow beats failing.
 SCRATCH_SHARE = 0.5
-
-_OTHER = {"fsa": "nsa", "nsa": "fsa"}
-_LONG_NAME = {"fsa": "KV-outer", "nsa": "query-outer"}
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,13 @@ class Choice:
 
     @property
     def speedup(self) -> float:
-        """Predicted time of the other order over this one's; below 1 when this one was forced."""
-        return self.costs[_OTHER[self.order]] / self.costs[self.order]
+        """Predicted time of the best other order over this one's; below 1 when this one was forced."""
+        return self.costs[best_other(self.costs, self.order)] / self.costs[self.order]
+
+
+def best_other(costs: dict[str, float], order: str) -> str:
+    """The cheapest of the orders that are not ``order``."""
+    return min((other for other in costs if other != order), key=costs.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -74,41 +76,49 @@ def _resolved(symbols: list[Any], definitions: dict[Any, Any]) -> list[Any]:
 
 @cache
 def _totals() -> _Values:
-    from .expressions import BACKWARD_EXPRESSIONS, EXPRESSIONS, LISTS_EXPRESSION, SCRATCH_EXPRESSIONS
+    """By loop order and stage: seconds and bytes of temporaries."""
+    from .orders import ORDERS, STAGES
 
-    rows = [[EXPRESSIONS[o], BACKWARD_EXPRESSIONS[o], *SCRATCH_EXPRESSIONS[o]] for o in LOOP_ORDERS]
-    return _compile([*rows, LISTS_EXPRESSION])
+    return _compile([[(ORDERS[o].seconds(stage), ORDERS[o].scratch(stage)) for stage in STAGES] for o in LOOP_ORDERS])
+
+
+def _evaluated(problem: Problem, device: Device, stage: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds, and bytes of temporaries, by loop order."""
+    from .orders import STAGES
+
+    values = _totals()(*_arguments(problem, device))
+    rows = {o: by_stage[STAGES.index(stage)] for o, by_stage in zip(LOOP_ORDERS, values, strict=True)}
+    return {o: float(seconds) for o, (seconds, _) in rows.items()}, {o: float(b) for o, (_, b) in rows.items()}
 
 
 @cache
-def _terms() -> tuple[list[tuple[str, str, str]], _Values]:
-    from .expressions import BACKWARD_PASSES, FORWARD_PASSES
+def _terms(order: str) -> tuple[list[tuple[str, str]], _Values]:
+    from .orders import ORDERS
 
-    keys, terms = [], []
-    for direction, by_order in (("forward", FORWARD_PASSES), ("backward", BACKWARD_PASSES)):
-        for order, passes in by_order.items():
-            for p in passes:
-                keys.append((direction, order, p.name))
-                terms.append(list(p.terms().values()))
-    return keys, _compile(terms)
+    passes = [(direction, p) for direction in ("forward", "backward") for p in ORDERS[order].passes(direction)]
+    return [(direction, p.name) for direction, p in passes], _compile([list(p.terms().values()) for _, p in passes])
+
+
+def _any_of(names: Iterable[str]) -> str:
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}"
 
 
 def _check_order(order: str) -> None:
     if order not in LOOP_ORDERS:
-        raise ValueError(f"order is {order!r}; it should be 'fsa' or 'nsa'")
+        raise ValueError(f"order is {order!r}; it should be {_any_of(LOOP_ORDERS)}")
 
 
 def breakdown(problem: Problem, device: Device, order: str) -> list[PassTime]:
     """Predicted seconds of every pass of ``order``, forward then backward, with what bounds it."""
     _check_order(order)
-    keys, values = _terms()
+    keys, values = _terms(order)
     result = []
-    for (direction, of, name), terms in zip(keys, values(*_arguments(problem, device)), strict=True):
-        if of == order:
-            arithmetic, l2, dram, sort, launch = terms
-            parts = {"arithmetic": arithmetic, "L2": l2, "DRAM": dram, "sort": sort, "launch": launch}
-            bound = max(parts, key=parts.__getitem__)
-            result.append(PassTime(direction, name, max(arithmetic, l2, dram) + sort + launch, bound))
+    for (direction, name), terms in zip(keys, values(*_arguments(problem, device)), strict=True):
+        arithmetic, l2, dram, sort, launch = terms
+        parts = {"arithmetic": arithmetic, "L2": l2, "DRAM": dram, "sort": sort, "launch": launch}
+        bound = max(parts, key=parts.__getitem__)
+        result.append(PassTime(direction, name, max(arithmetic, l2, dram) + sort + launch, bound))
     return result
 
 
@@ -116,8 +126,7 @@ def scratch_bytes(problem: Problem, order: str, *, training: bool = False) -> fl
     """Bytes of temporaries that ``order`` allocates at its largest moment (forward; with ``training`` backward too)."""
     _check_order(order)
     any_device = DEVICES["cuda"]  # bytes do not depend on it
-    _, _, forward, backward = _totals()(*_arguments(problem, any_device))[LOOP_ORDERS.index(order)]
-    return float(max(forward, backward) if training else forward)
+    return _evaluated(problem, any_device, "training" if training else "forward")[1][order]
 
 
 def format_seconds(seconds: float) -> str:
@@ -137,51 +146,49 @@ def choose(
     Args:
         problem: its sizes.
         device: its device's rates.
-        loop_order: ``"fsa"`` or ``"nsa"`` overrides the model; the costs are given all the same.
+        loop_order: one of ``LOOP_ORDERS`` overrides the model; the costs are given all the same.
         training: cost of forward and backward together, the lists built once.
         backward: cost of the backward alone (for a backward op that stands by itself); excludes ``training``.
 
-    On a CPU the order is always ``"fsa"``: the ATen path there is KV-outer, and ``loop_order`` makes no difference.
-    Otherwise it is the one with the lowest cost, unless its temporaries would take more than half of the device's
-    memory and the other's would not.
+    Where the device has one path only it is that, and ``loop_order`` makes no difference. Otherwise it is the one with
+    the lowest cost among those whose temporaries take at most half of the device's memory, or of all if none does.
 
     Raises ValueError for another ``loop_order``, or when both ``training`` and ``backward`` are set.
     """
     if loop_order not in ("auto", *LOOP_ORDERS):
-        raise ValueError(f"loop_order is {loop_order!r}; it should be 'auto', 'fsa' or 'nsa'")
+        raise ValueError(f"loop_order is {loop_order!r}; it should be {_any_of(('auto', *LOOP_ORDERS))}")
     if training and backward:
         raise ValueError("training and backward are both set; training already counts the backward")
-    *rows, lists = _totals()(*_arguments(problem, device))
-    costs, scratch = {}, {}
-    for order, (fwd, bwd, fwd_scratch, bwd_scratch) in zip(LOOP_ORDERS, rows, strict=True):
-        both = fwd + bwd - (lists if order == "fsa" else 0.0)
-        costs[order] = float(both if training else bwd if backward else fwd)
-        scratch[order] = max(fwd_scratch, bwd_scratch) if training else bwd_scratch if backward else fwd_scratch
-
-    scope = "forward + backward" if training else "backward" if backward else "forward"
+    stage = "training" if training else "backward" if backward else "forward"
+    costs, scratch = _evaluated(problem, device, stage)
+    scope = "forward + backward" if training else stage
 
     def versus(order: str) -> str:
-        mine, other = costs[order], costs[_OTHER[order]]
-        ratio = f"{other / mine:.1f}x faster" if other >= mine else f"{mine / other:.1f}x slower"
+        other = best_other(costs, order)
+        mine, others = costs[order], costs[other]
+        ratio = f"{others / mine:.1f}x faster" if others >= mine else f"{mine / others:.1f}x slower"
         return (
-            f"{order} ({_LONG_NAME[order]}) {scope} is predicted at {format_seconds(mine)}, {ratio} than "
-            f"{_OTHER[order]} ({_LONG_NAME[_OTHER[order]]}) at {format_seconds(other)}, "
+            f"{order} ({LOOP_ORDERS[order]}) {scope} is predicted at {format_seconds(mine)}, {ratio} than "
+            f"{other} ({LOOP_ORDERS[other]}) at {format_seconds(others)}, "
             f"for gqa_group_size {problem.gqa_group_size} and seq_len {problem.seq_len} on {device.name}"
         )
 
-    if device.kind == "cpu":
-        ignored = "" if loop_order in ("auto", "fsa") else f'; loop_order="{loop_order}" makes no difference there'
-        return Choice("fsa", costs, f"the CPU path is KV-outer{ignored}; {versus('fsa')}")
+    only = device.only_order
+    if only is not None:
+        ignored = "" if loop_order in ("auto", only) else f'; loop_order="{loop_order}" makes no difference there'
+        reason = f"the {device.kind.upper()} path is {LOOP_ORDERS[only]}{ignored}; {versus(only)}"
+        return Choice(only, costs, reason)
     if loop_order != "auto":
         return Choice(loop_order, costs, f'loop_order="{loop_order}" was asked for; {versus(loop_order)}')
 
-    best = min(LOOP_ORDERS, key=costs.__getitem__)
-    limit = SCRATCH_SHARE * device.memory
-    if scratch[best] > limit >= scratch[_OTHER[best]]:
+    best = min(costs, key=costs.__getitem__)
+    fitting = [order for order in costs if scratch[order] <= SCRATCH_SHARE * device.memory]
+    if fitting and best not in fitting:
+        instead = min(fitting, key=costs.__getitem__)
         return Choice(
-            _OTHER[best],
+            instead,
             costs,
             f"{best} would need {scratch[best] / 1e9:.3g} GB of temporaries, more than half of the "
-            f"{device.memory / 1e9:.3g} GB of {device.name}; {versus(_OTHER[best])}",
+            f"{device.memory / 1e9:.3g} GB of {device.name}; {versus(instead)}",
         )
     return Choice(best, costs, versus(best))

@@ -27,6 +27,7 @@ class Device:
     num_sms: int  # multiprocessors (compute units, cores)
     memory: float  # B
     kind: str = "cuda"  # "cuda" (ROCm too) or "cpu"
+    only_order: str | None = None  # the loop order of a device that has one path only
 
 
 def _gpu(name: str, **values: Any) -> Device:
@@ -109,6 +110,7 @@ DEVICES: dict[str, Device] = {
     "cpu": Device(
         name="cpu",
         kind="cpu",
+        only_order="fsa",
         flops=0.3 * _TERA,
         flops_fp32=0.3 * _TERA,
         dram_bandwidth=10 * _GIGA,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..tiling import next_power_of_2, selected_block_n
 
-LOOP_ORDERS = ("fsa", "nsa")
+# The loop orders and their names for people. Here, as what only checks an argument needs no expressions.
+LOOP_ORDERS = {"fsa": "KV-outer", "nsa": "query-outer"}
 
 # The kernels' tiles; what both packages reckon with is in fsa_compile.tiling.
 # Rows of the KV-outer passes' matmuls: (entry, query head) pairs of one list, taken this many at a time.

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from .. import cost, debug
 from ..ops.dispatch import implementation
 from ..ops.rules import RULES, Rule
+from ..ops.schema import bound_arguments
 from .sites import Site, report
 from .where import where_of
 
@@ -73,14 +74,7 @@ def _site(node: fx.Node, matched: bool, choice: cost.Choice | None = None, reaso
 
 
 def _bound(node: fx.Node) -> dict[str, Any]:
-    """The node's arguments by name, defaults filled in."""
-    values: dict[str, Any] = {}
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if i < len(node.args) and not argument.kwarg_only:
-            values[argument.name] = node.args[i]
-        else:
-            values[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return values
+    return bound_arguments(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
 
 
 def _identity(rule: Rule, bound: dict[str, Any]) -> tuple[Any, ...]:

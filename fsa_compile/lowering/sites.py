@@ -19,6 +19,7 @@ class Site:
     costs: dict[str, float] = field(default_factory=dict)  # seconds by loop order
     reason: str = ""
     where: str | None = None  # "file:line" of the user's call
+    stages: tuple[str, ...] = ()  # of a public operator: the semantic operators that it consists of, in order
 
 
 _collectors: list[list[Site]] = []

@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import SymInt, Tensor
 
-__all__ = ["LOOP_ORDERS", "MAX_HEAD_DIM", "Call", "Size", "compressed_length", "packed_compressed_length"]
+from .. import cost
 
-LOOP_ORDERS = ("auto", "fsa", "nsa")
+__all__ = ["MAX_HEAD_DIM", "Call", "Size", "compressed_length", "packed_compressed_length"]
+
 MAX_HEAD_DIM = 256
 MIN_BLOCK_SIZE = 16
 _AT_LEAST_ONE = ("num_q_heads", "num_kv_heads", "head_dim", "head_dim_v", "num_selected")
@@ -237,10 +238,9 @@ class Call:
             )
 
     def loop_order(self, loop_order: str) -> None:
-        if loop_order not in LOOP_ORDERS:
-            raise self.fail(
-                f"loop_order is {loop_order!r}, but it should be one of {', '.join(map(repr, LOOP_ORDERS))}"
-            )
+        if loop_order != "auto" and loop_order not in cost.LOOP_ORDERS:
+            names = ", ".join(map(repr, ("auto", *cost.LOOP_ORDERS)))
+            raise self.fail(f"loop_order is {loop_order!r}, but it should be one of {names}")
 
     def pool(self, pool: str, lse: Tensor | None) -> None:
         if pool not in POOLS:

@@ -6,8 +6,7 @@ There is a single `torch.library.Library`; every module that defines or implemen
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from .dispatch import implementation
 from .operators import ATTENTION_OPS, BACKWARD_OPS, OPERATORS, SEMANTIC_OPS
 
-__all__ = ["ATTENTION_OPS", "BACKWARD_OPS", "LIB", "SEMANTIC_OPS", "define", "fake", "impl", "signature"]
+__all__ = ["ATTENTION_OPS", "BACKWARD_OPS", "LIB", "SEMANTIC_OPS", "bound_arguments", "define", "fake", "impl"]
 
 LIB = torch.library.Library("fsa", "DEF")
 
@@ -25,9 +24,15 @@ def define(schema: str) -> None:
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def signature(name: str) -> inspect.Signature:
-    """A semantic operator's Python signature."""
-    return OPERATORS[name].signature
+def bound_arguments(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, defaults filled in."""
+    values: dict[str, Any] = {}
+    for i, argument in enumerate(op._schema.arguments):
+        if i < len(args) and not argument.kwarg_only:
+            values[argument.name] = args[i]
+        else:
+            values[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return values
 
 
 def impl(name: str, fn: Callable[..., Any], *keys: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,25 +22,6 @@ _SHARED = (
     "q", "k", "v", "block_indices", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "block_size", "scale",
     "loop_order",
 )  # fmt: skip
-
-
-def _query_outer(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _ops._selected_fwd_query_outer(q, k, v, block_indices, *runs, **sizes)
-
-
-def _kv_outer(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    lists = _ops._block_lists(block_indices, *runs, seq_len_k=k.shape[1], block_size=sizes["block_size"])
-    partials = _ops._selected_fwd_kv_outer(q, k, v, block_indices, *lists, *runs, **sizes)
-    return _ops._merge_partials(*partials, block_indices, *runs, seq_len_k=k.shape[1], **sizes)
-
-
-# How each order runs a forward, and whether its dq comes as partials of the pass that makes dk and dv.
-_FORWARD: dict[str, Callable[..., Any]] = {"nsa": _query_outer, "fsa": _kv_outer}
-_WITH_PARTIALS = {"nsa": False, "fsa": True}
 
 
 def _sizes(options: Selected) -> dict[str, Any]:
@@ -59,35 +42,74 @@ def _order(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: Sele
     return choose(tensors | options._asdict(), backward=backward).order
 
 
+def _query_outer_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _ops._selected_fwd_query_outer(q, k, v, block_indices, *runs, **sizes)
+
+
+def _kv_outer_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    lists = _ops._block_lists(block_indices, *runs, seq_len_k=k.shape[1], block_size=sizes["block_size"])
+    partials = _ops._selected_fwd_kv_outer(q, k, v, block_indices, *lists, *runs, **sizes)
+    return _ops._merge_partials(*partials, block_indices, *runs, seq_len_k=k.shape[1], **sizes)
+
+
+def _backward(
+    known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any], *, dq_partials: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dk and dv from key blocks outside, with dq as partials of that pass or from queries outside."""
+    _, _, k, v, block_indices, *_ = known
+    blocks = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
+    lists = _ops._block_lists(block_indices, *runs, **blocks)
+    dk_tiles, dv_tiles, dq = _ops._selected_bwd_kv_outer(*known, *lists, *runs, **sizes, with_dq=dq_partials)
+    if dq_partials:
+        dq = _ops._sum_partials(dq, block_indices, *runs, **blocks)
+    else:
+        dq = _ops._selected_bwd_query_outer(*known, *runs, **sizes)
+    dk = _ops._reduce_tiles(dk_tiles, lists[2], k, *runs, block_size=sizes["block_size"])
+    dv = _ops._reduce_tiles(dv_tiles, lists[2], v, *runs, block_size=sizes["block_size"])
+    return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class Order:
+    """How a loop order runs.
+
+    forward: ``(q, k, v, block_indices, runs, sizes)`` to ``(out, shift, log_sum)``.
+    backward: ``((grad_out, q, k, v, block_indices, shift, log_sum, delta), runs, sizes)`` to ``(dq, dk, dv)``.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+ORDERS = {
+    "nsa": Order(_query_outer_forward, partial(_backward, dq_partials=False)),
+    "fsa": Order(_kv_outer_forward, partial(_backward, dq_partials=True)),
+}
+
+
 def selected_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: Selected, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fsa::selected_attention_forward`."""
-    order = _order(q, k, v, block_indices, options, backward=False)
-    return _FORWARD[order](q, k, v, block_indices, kernel_runs(layout), _sizes(options))
+    order = ORDERS[_order(q, k, v, block_indices, options, backward=False)]
+    return order.forward(q, k, v, block_indices, kernel_runs(layout), _sizes(options))
 
 
 def selected_attention_backward(
     grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor,
     out: Tensor, shift: Tensor, log_sum: Tensor, options: Selected, layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`fsa::selected_attention_backward`: dk and dv from key blocks outside, dq as the order has it."""
-    with_partials = _WITH_PARTIALS[_order(q, k, v, block_indices, options, backward=True)]
-    runs, sizes = kernel_runs(layout), _sizes(options)
-    blocks = {"seq_len_k": k.shape[1], "block_size": options.block_size}
+    """`fsa::selected_attention_backward`."""
+    order = ORDERS[_order(q, k, v, block_indices, options, backward=True)]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     delta = _ops._attention_delta(grad_out, grad_log_sum, out)
-    args = (grad_out, q, k, v, block_indices, shift, log_sum, delta)
-    lists = _ops._block_lists(block_indices, *runs, **blocks)
-    dk_tiles, dv_tiles, dq_partial = _ops._selected_bwd_kv_outer(*args, *lists, *runs, **sizes, with_dq=with_partials)
-    if with_partials:
-        dq = _ops._sum_partials(dq_partial, block_indices, *runs, **blocks)
-    else:
-        dq = _ops._selected_bwd_query_outer(*args, *runs, **sizes)
-    dk = _ops._reduce_tiles(dk_tiles, lists[2], k, *runs, block_size=options.block_size)
-    dv = _ops._reduce_tiles(dv_tiles, lists[2], v, *runs, block_size=options.block_size)
-    return dq, dk, dv
+    known = (grad_out, q, k, v, block_indices, shift, log_sum, delta)
+    return order.backward(known, kernel_runs(layout), _sizes(options))
 
 
 register(

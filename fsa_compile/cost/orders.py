@@ -1,0 +1,149 @@
+"""The loop orders of selected attention as a table: what each is called and the passes that it consists of.
+
+A new order is a name in ``problem.LOOP_ORDERS``, an entry here, one in ``ops/selected/orders.py``, and its kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sympy import Expr, Integer, Max, Min
+
+from .expressions import DV, HK, B, C, D, E, G, M_kv, M_q, N_w, P, Pass, T, Tk, W, bs, tensor_bytes
+
+# What a choice can be for: one direction by itself, or both, as a training step runs them.
+STAGES = ("forward", "backward", "training")
+
+
+@dataclass(frozen=True)
+class Order:
+    """One loop order: its passes, and the bytes of its temporaries at the largest moment of each direction."""
+
+    forward: tuple[Pass, ...]
+    backward: tuple[Pass, ...]
+    forward_scratch: Expr
+    backward_scratch: Expr
+
+    def passes(self, stage: str) -> tuple[Pass, ...]:
+        """Of one of ``STAGES``. What forward and backward have in common, the lists, a training step makes once."""
+        once = tuple(p for p in self.backward if p not in self.forward)
+        return {"forward": self.forward, "backward": self.backward, "training": (*self.forward, *once)}[stage]
+
+    def seconds(self, stage: str) -> Expr:
+        """Of one of ``STAGES``, in the symbols of ``MEANING``."""
+        return sum((p.time() for p in self.passes(stage)), Integer(0))
+
+    def scratch(self, stage: str) -> Expr:
+        """Bytes, of one of ``STAGES``."""
+        both = Max(self.forward_scratch, self.backward_scratch)
+        return {"forward": self.forward_scratch, "backward": self.backward_scratch, "training": both}[stage]
+
+
+_q_rows, _k_rows = B * T * HK * G, B * Tk * HK
+_read_rows = Min(_k_rows, E * bs)  # rows of k and v that are selected at all
+_items_q = B * T * HK
+# A query selects a block once, so no list is longer than the sequence.
+_items_kv = E * C / Min(N_w, T)
+
+_LISTS = Pass(
+    "lists",
+    "sort the entries by block: one stable sort, and small kernels for keys, offsets and work items",
+    sorted_keys=E,
+    launches=20,
+)
+_DELTA = Pass(
+    "delta",
+    "rowsum(grad_out * out)",
+    dram_bytes=tensor_bytes(_q_rows, DV, DV) + 4 * _q_rows,
+)
+
+# An item's last matmul tile is half empty on average.
+_kv_rows = E * G + W * M_kv / 2
+
+_dkv_tiles = 4 * W * bs * (D + DV)
+_TILE_SUM = Pass(
+    "sum tiles",
+    "add the float32 dk, dv tiles of a block's work items",
+    dram_bytes=_dkv_tiles + tensor_bytes(_k_rows, D, DV),
+    launches=2,
+)
+
+_SORTED = 24 * E  # bytes, while the lists are sorted
+
+ORDERS: dict[str, Order] = {
+    "nsa": Order(
+        forward=(
+            Pass(
+                "query-outer",
+                "each (token, KV head) walks its S blocks; every K/V block read again for every token",
+                flops=2 * E * bs * M_q * (D + DV),
+                l2_bytes=tensor_bytes(E * bs, D, DV),
+                dram_bytes=tensor_bytes(_q_rows, D, DV) + tensor_bytes(_read_rows, D, DV) + 4 * _q_rows + 4 * E,
+                items=_items_q,
+            ),
+        ),
+        backward=(
+            _DELTA,
+            _LISTS,
+            Pass(
+                "KV-outer dk dv",
+                "s = q k', dp = do v', dv = p' do, dk = ds' q: gather q and do rows, one float32 tile for each work "
+                "item",
+                flops=2 * _kv_rows * bs * (2 * D + 2 * DV),
+                l2_bytes=tensor_bytes(W * bs, D, DV) + tensor_bytes(P, D, DV),
+                dram_bytes=tensor_bytes(P, D, DV) + 8 * P + 8 * E + _dkv_tiles,
+                items=_items_kv,
+            ),
+            Pass(
+                "query-outer dq",
+                "s, dp, dq = ds k; K/V blocks read again for every token",
+                flops=2 * E * bs * M_q * (2 * D + DV),
+                l2_bytes=tensor_bytes(E * bs, D, DV),
+                dram_bytes=tensor_bytes(_q_rows, D, DV, D) + tensor_bytes(_read_rows, D, DV) + 8 * _q_rows + 4 * E,
+                items=_items_q,
+            ),
+            _TILE_SUM,
+        ),
+        forward_scratch=Integer(0),
+        backward_scratch=_SORTED + _dkv_tiles,
+    ),
+    "fsa": Order(
+        forward=(
+            _LISTS,
+            Pass(
+                "KV-outer partials",
+                "each K/V block meets the queries that selected it: gather q rows, write a partial and statistics for "
+                "each",
+                flops=2 * _kv_rows * bs * (D + DV),
+                l2_bytes=tensor_bytes(W * bs, D, DV) + tensor_bytes(P, D, DV),
+                dram_bytes=tensor_bytes(P, D, DV) + tensor_bytes(_read_rows, D, DV) + 4 * P + 8 * E,
+                items=_items_kv,
+            ),
+            Pass(
+                "merge",
+                "weigh a token's S partials by their log-sum-exp and add",
+                dram_bytes=tensor_bytes(P, DV) + 4 * P + tensor_bytes(_q_rows, DV) + 4 * _q_rows,
+            ),
+        ),
+        backward=(
+            _DELTA,
+            _LISTS,
+            Pass(
+                "KV-outer dq dk dv",
+                "s, dp, dv, dk as for nsa, and dq = ds k as one partial per entry",
+                flops=2 * _kv_rows * bs * (3 * D + 2 * DV),
+                l2_bytes=tensor_bytes(W * bs, D, DV) + tensor_bytes(P, D, DV, D),
+                dram_bytes=tensor_bytes(P, D, DV, D) + 8 * P + 8 * E + _dkv_tiles,
+                items=_items_kv,
+            ),
+            Pass(
+                "sum dq partials",
+                "add a token's S dq partials",
+                dram_bytes=tensor_bytes(P, D) + tensor_bytes(_q_rows, D),
+            ),
+            _TILE_SUM,
+        ),
+        forward_scratch=_SORTED + tensor_bytes(P, DV) + 4 * P,
+        backward_scratch=_SORTED + tensor_bytes(P, D) + _dkv_tiles,
+    ),
+}
