@@ -122,6 +122,13 @@ def store_output(ptr, indices, strides, value, mask, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def columns(exists, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Column numbers ``[1, BLOCK_W]``, and the mask ``[ROWS, BLOCK_W]`` of what there is of rows and columns."""
+    cols = tl.arange(0, BLOCK_W)[None, :]
+    return cols, exists[:, None] & (cols < WIDTH)
+
+
+@triton.jit
 def dense_strides(seq_len, num_heads, width):
     """Strides of batch, time and head of a dense ``[B, T, H, W]`` tensor, the first two in 64 bits."""
     row = tl.zeros([], tl.int64) + num_heads * width

@@ -16,7 +16,7 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
 from ..sequences import Rows, Sequences, num_tiles
-from ..tiles import LOG2E, accumulate, add_met, all_finite, dense_strides, dot, finite_part, store_output
+from ..tiles import LOG2E, accumulate, add_met, all_finite, columns, dense_strides, dot, finite_part, store_output
 from .sizes import (
     ARGUMENTS,
     BandedSizes,
@@ -271,11 +271,9 @@ def banded_bwd_dkv_kernel(
         b += split * seqs.num_seqs
     t = row[:, None]
     rows = (b.to(tl.int64) * num_key_rows + row) * SIZES.NUM_KV_HEADS + hk
-    cols_v = tl.arange(0, BLOCK_DV)[None, :]
-    mask_v = exists[:, None] & (cols_v < SIZES.HEAD_DIM_V)
+    cols_v, mask_v = columns(exists, SIZES.HEAD_DIM_V, BLOCK_DV)
     tl.store(dv + (rows[:, None] * SIZES.HEAD_DIM_V + cols_v), value_v.to(dv.dtype.element_ty), mask=mask_v)
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    mask = exists[:, None] & (cols < SIZES.HEAD_DIM)
+    cols, mask = columns(exists, SIZES.HEAD_DIM, BLOCK_D)
     strides = dense_strides(num_key_rows, SIZES.NUM_KV_HEADS, SIZES.HEAD_DIM)
     store_output(dk, (b, t, hk, cols), strides, value, mask, (BLOCK_N, BLOCK_D))
 

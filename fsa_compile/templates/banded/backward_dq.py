@@ -13,7 +13,7 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, all_finite, dense_strides, dot, finite_part, store_output
+from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, store_output
 from .sizes import (
     ARGUMENTS,
     Band,
@@ -29,8 +29,8 @@ from .sizes import (
     load_rows,
     nan_of_keys,
     place_of_tile,
+    query_config,
     query_grid,
-    query_tiles,
 )
 
 
@@ -134,13 +134,9 @@ def banded_bwd_dq_kernel(
         BLOCK_M, TOKENS, HEADS, BLOCK_N, BLOCK_E, EDGE_STAGES,
     )  # fmt: skip
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
-    b = place.b
-    t = place.t[:, None]
-    h = place.h[:, None]
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    mask = place.exists[:, None] & (cols < SIZES.HEAD_DIM)
+    cols, mask = columns(place.exists, SIZES.HEAD_DIM, BLOCK_D)
     strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM)
-    store_output(dq, (b, t, h, cols), strides, value, mask, (BLOCK_M, BLOCK_D))
+    store_output(dq, (place.b, place.t[:, None], place.h[:, None], cols), strides, value, mask, (BLOCK_M, BLOCK_D))
 
 
 def plan(
@@ -159,23 +155,14 @@ def plan(
     )
 
 
-def _config(
-    sizes: BandedSizes, block_m: int, block_n: int, block_e: int, warps: int, stages: int, edge_stages: int = 1
-) -> Config:
-    """As the forward's."""
-    tiles = query_tiles(sizes, block_m)
-    tiles |= {"BLOCK_N": block_n, "BLOCK_E": block_e, "EDGE_STAGES": edge_stages}
-    return Config(tiles, warps, stages)
-
-
 def heuristic(sizes: BandedSizes, device: Device) -> Config:
     """The configuration that measured best on an H100, or is known to fit."""
     pipelined = 1 if device.arch == "hip" else 2
     if sizes.ITEMSIZE == 4:
-        return _config(sizes, 32, 32, 0, 8, 1)
+        return query_config(sizes, 32, 32, 0, 8, 1)
     if sizes.widest > 128:
-        return _config(sizes, 64, 32, 0, 8, pipelined)
-    return _config(sizes, 64, 64, 0, 4, pipelined)
+        return query_config(sizes, 64, 32, 0, 8, pipelined)
+    return query_config(sizes, 64, 64, 0, 4, pipelined)
 
 
 def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
@@ -184,7 +171,7 @@ def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
     if sizes.ITEMSIZE < 4:
         for block_m, warps in ((64, 4), (128, 8)):
             for block_n, stages in ((64, 2), (32, 3)):
-                found += [_config(sizes, block_m, block_n, block_e, warps, stages, 2) for block_e in (0, 32)]
+                found += [query_config(sizes, block_m, block_n, block_e, warps, stages, 2) for block_e in (0, 32)]
     return found
 
 

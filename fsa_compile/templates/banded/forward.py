@@ -15,7 +15,7 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import Kernel, Output, Plan
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LN2, LOG2E, all_finite, dense_strides, dot, finite_part, store_output
+from ..tiles import LN2, LOG2E, all_finite, columns, dense_strides, dot, finite_part, store_output
 from .sizes import (
     ARGUMENTS,
     Band,
@@ -31,8 +31,8 @@ from .sizes import (
     load_rows,
     nan_of_keys,
     place_of_tile,
+    query_config,
     query_grid,
-    query_tiles,
 )
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -162,14 +162,10 @@ def banded_fwd_kernel(
     )  # fmt: skip
     tl.store(shift + place.n, row_shift, mask=place.exists)
     tl.store(log_sum + place.n, row_log_sum, mask=place.exists)
-    b = place.b
-    t = place.t[:, None]
-    h = place.h[:, None]
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
-    cols = tl.arange(0, BLOCK_DV)[None, :]
-    mask = place.exists[:, None] & (cols < SIZES.HEAD_DIM_V)
+    cols, mask = columns(place.exists, SIZES.HEAD_DIM_V, BLOCK_DV)
     strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
-    store_output(out, (b, t, h, cols), strides, value, mask, (BLOCK_M, BLOCK_DV))
+    store_output(out, (place.b, place.t[:, None], place.h[:, None], cols), strides, value, mask, (BLOCK_M, BLOCK_DV))
 
 
 def plan(
@@ -191,28 +187,19 @@ def plan(
     )
 
 
-def _config(
-    sizes: BandedSizes, block_m: int, block_n: int, block_e: int, warps: int, stages: int, edge_stages: int = 1
-) -> Config:
-    """``block_e``: width of masked tiles, which then have loops of their own; 0: one loop, masks where needed."""
-    tiles = query_tiles(sizes, block_m)
-    tiles |= {"BLOCK_N": block_n, "BLOCK_E": block_e, "EDGE_STAGES": edge_stages}
-    return Config(tiles, warps, stages)
-
-
 def heuristic(sizes: BandedSizes, device: Device) -> Config:
     """The configuration that measured best on an H100, or is known to fit."""
     pipelined = 1 if device.arch == "hip" else 2
     if sizes.ITEMSIZE == 4:
-        return _config(sizes, 32, 32, 0, 8, 1)
+        return query_config(sizes, 32, 32, 0, 8, 1)
     if sizes.widest > 128:
-        return _config(sizes, 128, 32, 0, 8, pipelined)
+        return query_config(sizes, 128, 32, 0, 8, pipelined)
     if sizes.WINDOW > 0:
         # A window is few tiles, so that filling the pipeline shows: one loop, and small programs to hide it.
-        return _config(sizes, 64, 64, 0, 4, pipelined)
+        return query_config(sizes, 64, 64, 0, 4, pipelined)
     if device.arch == "sm_90":
-        return _config(sizes, 256, 64, 0, 16, 3)
-    return _config(sizes, 128, 64, 0, 8, pipelined)
+        return query_config(sizes, 256, 64, 0, 16, 3)
+    return query_config(sizes, 128, 64, 0, 8, pipelined)
 
 
 def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
@@ -222,7 +209,8 @@ def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
         for block_m, warps, most in ((64, 4, 3), (128, 8, 4), (256, 16, 3)):
             if block_m < 256 or sizes.widest <= 128:
                 for block_e in (0, 32):
-                    found += [_config(sizes, block_m, 64, block_e, warps, stages, 2) for stages in range(2, most + 1)]
+                    tiles = (block_m, 64, block_e, warps)
+                    found += [query_config(sizes, *tiles, stages, 2) for stages in range(2, most + 1)]
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...tiling import padded
+from ...tiling import Config, padded
 from ..kernel import SEQUENCES, Strided, sequences
 from ..sequences import Rows, Run, Sequences, batched_run, find_run, num_tiles, packed_run, run_start
 from ..tiles import add_met
@@ -52,16 +52,23 @@ class BandedSizes(NamedTuple):
         """The larger of the two padded head dims."""
         return max(self.BLOCK_D, self.BLOCK_DV)
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of the widest row of a tile; what fits on chip goes by it."""
-        return self.widest * self.ITEMSIZE
-
 
 def query_tiles(sizes: BandedSizes, block_m: int) -> dict[str, int]:
     """The constexprs of a query tile of ``block_m`` rows; a group wider than that is cut."""
     heads = min(sizes.GROUP, block_m)
     return {"BLOCK_M": block_m, "TOKENS": block_m // heads, "HEADS": heads}
+
+
+def query_config(
+    sizes: BandedSizes, block_m: int, block_n: int, block_e: int, warps: int, stages: int, edge_stages: int = 1
+) -> Config:
+    """Of a kernel with a program per query tile.
+
+    ``block_e``: width of masked tiles, which then have loops of their own; 0: one loop, masks where needed.
+    """
+    tiles = query_tiles(sizes, block_m)
+    tiles |= {"BLOCK_N": block_n, "BLOCK_E": block_e, "EDGE_STAGES": edge_stages}
+    return Config(tiles, warps, stages)
 
 
 def inputs(

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..kernel import SEQUENCES, Kernel, Output, Plan, sequences
 from ..sequences import Rows, Sequences, run_of_row
-from ..tiles import Statistics, dense_strides, dot, load_statistics, probabilities, store_output
+from ..tiles import Statistics, columns, dense_strides, dot, load_statistics, probabilities, store_output
 from .fwd_query_outer import candidates, grid, heuristic, key_tile, load_keys
 from .lists import load_rows
 from .sizes import BACKWARD, SelectedSizes, attention_inputs, backward_inputs
@@ -64,8 +64,7 @@ def selected_bwd_query_outer_kernel(
     )
     heads = tl.arange(0, BLOCK_G)
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    mask = (heads < SIZES.GROUP)[:, None] & (cols < SIZES.HEAD_DIM)
+    cols, mask = columns(heads < SIZES.GROUP, SIZES.HEAD_DIM, BLOCK_D)
     h = (hk * SIZES.GROUP + heads)[:, None]
     strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM)
     store_output(dq, (b, t, h, cols), strides, value, mask, (BLOCK_G, BLOCK_D))

@@ -11,7 +11,17 @@ import triton.language as tl
 from ...tiling import Config, Device, next_power_of_2
 from ..kernel import SEQUENCES, Kernel, Output, Plan, sequences
 from ..sequences import Rows, Sequences, run_of_row
-from ..tiles import dense_strides, dot, exp_scaled, finite_max, is_visible, load_tile, log_or_none, store_output
+from ..tiles import (
+    columns,
+    dense_strides,
+    dot,
+    exp_scaled,
+    finite_max,
+    is_visible,
+    load_tile,
+    log_or_none,
+    store_output,
+)
 from .lists import load_rows
 from .sizes import SelectedSizes, attention_inputs, spread, stages, warps
 
@@ -86,8 +96,7 @@ def selected_fwd_query_outer_kernel(
     tl.store(shift + first + heads, row_shift, mask=heads < SIZES.GROUP)
     tl.store(log_sum + first + heads, row_log_sum, mask=heads < SIZES.GROUP)
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
-    cols = tl.arange(0, BLOCK_DV)[None, :]
-    mask = (heads < SIZES.GROUP)[:, None] & (cols < SIZES.HEAD_DIM_V)
+    cols, mask = columns(heads < SIZES.GROUP, SIZES.HEAD_DIM_V, BLOCK_DV)
     h = (hk * SIZES.GROUP + heads)[:, None]
     strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
     store_output(out, (b, t, h, cols), strides, value, mask, (BLOCK_G, BLOCK_DV))

@@ -11,7 +11,7 @@ import triton.language as tl
 from ...tiling import Config, Device, next_power_of_2
 from ..kernel import SEQUENCES, Dense, Kernel, Output, Plan, sequences
 from ..sequences import Sequences
-from ..tiles import dense_strides, exp_scaled, finite_max, is_visible, load_tile, log_or_none, store_output
+from ..tiles import columns, dense_strides, exp_scaled, finite_max, is_visible, load_tile, log_or_none, store_output
 from .lists import MAX_UNROLLED, partial_slots
 from .sizes import SelectedSizes, spread
 
@@ -78,8 +78,7 @@ def merge_partials_kernel(
     tl.store(shift + rows, row_shift, mask=rows < num_rows)
     tl.store(log_sum + rows, row_log_sum, mask=rows < num_rows)
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
-    cols = tl.arange(0, BLOCK_DV)[None, :]
-    mask = (rows < num_rows)[:, None] & (cols < SIZES.HEAD_DIM_V)
+    cols, mask = columns(rows < num_rows, SIZES.HEAD_DIM_V, BLOCK_DV)
     strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
     store_output(out, (b[:, None], t[:, None], h[:, None], cols), strides, value, mask, (BLOCK_R, BLOCK_DV))
 

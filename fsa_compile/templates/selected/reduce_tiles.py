@@ -10,7 +10,7 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import SEQUENCES, Dense, Kernel, Output, Plan, sequences
 from ..sequences import Sequences, num_tiles, run_of_block
-from ..tiles import dense_strides, load_tile, store_output
+from ..tiles import columns, dense_strides, load_tile, store_output
 from .sizes import SelectedSizes, spread
 
 
@@ -38,8 +38,7 @@ def reduce_tiles_kernel(tiles, tile_offsets, grad, seqs: Sequences, SIZES: tl.co
     t = (run.first_key + key) % seqs.seq_len_k
     BLOCK_N: tl.constexpr = SIZES.BLOCK_N
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    mask = (key < num_rows)[:, None] & (cols < SIZES.HEAD_DIM)
+    cols, mask = columns(key < num_rows, SIZES.HEAD_DIM, BLOCK_D)
     strides = dense_strides(seqs.seq_len_k, SIZES.NUM_KV_HEADS, SIZES.HEAD_DIM)
     store_output(grad, (run.b, t[:, None], hk, cols), strides, total, mask, (BLOCK_N, BLOCK_D))
 

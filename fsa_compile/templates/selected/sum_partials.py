@@ -10,7 +10,7 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import SEQUENCES, Dense, Kernel, Output, Plan, sequences
 from ..sequences import Sequences
-from ..tiles import dense_strides, is_visible, load_tile, store_output
+from ..tiles import columns, dense_strides, is_visible, load_tile, store_output
 from .lists import MAX_UNROLLED, partial_slots
 from .merge_partials import grid
 from .sizes import SelectedSizes, spread
@@ -50,8 +50,7 @@ def sum_partials_kernel(
     exists, pos, slots, g, b, t, h = partial_slots(rows, num_rows, seqs, SIZES)
     total = sum_partials_tile(partial, block_indices, exists, pos, slots, g, SIZES, BLOCK_R)
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    mask = (rows < num_rows)[:, None] & (cols < SIZES.HEAD_DIM)
+    cols, mask = columns(rows < num_rows, SIZES.HEAD_DIM, BLOCK_D)
     strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM)
     store_output(out, (b[:, None], t[:, None], h[:, None], cols), strides, total, mask, (BLOCK_R, BLOCK_D))
 
