@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -72,6 +73,28 @@ def test_named_specs(device: str, spec: Spec, name: str) -> None:
 @given(spec=specs(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 5))
 def test_any_spec(device: str, name: str, spec: Spec, dtype: torch.dtype, seed: int) -> None:
     check_against_reference(name, spec, device, dtype, seed)
+
+
+class Count(TorchDispatchMode):
+    """How often each operator ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_windows_of_one_token_are_the_tokens(device: str) -> None:
+    spec = Spec(kernel_size=1, kernel_stride=1)
+    check_against_reference("nsa_attention", spec, device, torch.float32)
+    for packed in (False, True):
+        call = call_of("nsa_attention", make_inputs(replace(spec, lengths=(60, 30) if packed else None), device))
+        with Count() as count:
+            run(call.op(), call, upstream_of(call))
+        assert count.ran[fsa.mean_compress.default] == (2 if packed else 0)  # packed: rows of no sequence are zeros
 
 
 def everything(call: Call, upstream: list[Tensor]) -> list[Tensor]:
@@ -341,26 +364,20 @@ def test_selective_checkpointing_sees_one_node(device: str) -> None:
     x = make_inputs(NAMED["plain"], device, requires_grad=True)
     call = call_of("nsa_attention", x)
     leaves = [y.detach().requires_grad_() for y in call.floating]
-    ran = Counter()
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            ran[func] += 1
-            return func(*args, **(kwargs or {}))
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         saved = op == fsa.selected_attention_forward.default
         return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = partial(create_selective_checkpoint_contexts, policy)
-    with Count():
+    with Count() as count:
         out = checkpoint(partial(call.op(), **call.options), *leaves, use_reentrant=False, context_fn=contexts)
         have = torch.autograd.grad(out.square().sum(), leaves)
     want = torch.autograd.grad(call.op()(*leaves, **call.options).square().sum(), leaves)
     for h, w in zip(have, want, strict=True):
         assert torch.equal(h, w)
-    assert ran[fsa.selected_attention_forward.default] == 1
-    assert ran[fsa.sliding_window_attention_forward.default] == 2
+    assert count.ran[fsa.selected_attention_forward.default] == 1
+    assert count.ran[fsa.sliding_window_attention_forward.default] == 2
 
 
 def test_only_some_inputs_want_gradients(device: str) -> None:
