@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
+from ..query_tiles import keys_base, query_tiles
 from ..sequences import Rows, Sequences, num_tiles
 from ..tiles import LOG2E, accumulate, add_met, all_finite, columns, dense_strides, dot, finite_part, store_output
 from .sizes import (
@@ -24,8 +25,6 @@ from .sizes import (
     extent,
     inputs,
     key_tile,
-    keys_base,
-    query_tiles,
 )
 
 

@@ -12,31 +12,27 @@ import triton.language as tl
 
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
+from ..query_tiles import keys_base, load_rows, place_of_tile, query_grid
 from ..sequences import Rows, Sequences, run_of_tile
 from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, store_output
 from .sizes import (
     ARGUMENTS,
     Band,
     BandedSizes,
-    Place,
     band_of_tile,
     extent,
     in_band,
     inputs,
-    keys_base,
     keys_of_run,
     load_keys,
-    load_rows,
     nan_of_keys,
-    place_of_tile,
     query_config,
-    query_grid,
 )
 
 
 @triton.jit
 def _dq_loop(
-    q, grad_out, k_base, k_stride, v_base, v_stride, start, end, band: Band, place: Place, factor, minus, delta, dq,
+    q, grad_out, k_base, k_stride, v_base, v_stride, start, end, band: Band, factor, minus, delta, dq,
     SIZES: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add what keys ``start`` to ``end`` give; not MASKED: whole tiles, all of whose keys every row sees."""
@@ -48,7 +44,7 @@ def _dq_loop(
         ds = tl.exp2(tl.fma(scores, factor, minus[:, None])) * (dp - delta[:, None])
         if MASKED:
             if CAREFUL | (i < band.all_from) | (i + BLOCK > band.all_to):
-                ds = tl.where(in_band(i, place.high, place.low, SIZES, BLOCK), ds, 0.0)
+                ds = tl.where(in_band(i, band, SIZES, BLOCK), ds, 0.0)
         if CAREFUL:
             k = finite_part(k)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -64,8 +60,8 @@ def banded_bwd_dq_tile(
     """dq of query tile ``w``, float32 ``[BLOCK_M, BLOCK_D]``, and where the rows lie."""
     run, first = run_of_tile(seqs, w, TOKENS)
     first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
-    band = band_of_tile(run, first, count, SIZES, TOKENS)
-    place = place_of_tile(run, first, count, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, TOKENS, HEADS)
+    place = place_of_tile(run, first, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, TOKENS, HEADS)
+    band = band_of_tile(run, first, count, place, SIZES, TOKENS)
     k_base = keys_base(k, run.b, first_key, hk)
     v_base = keys_base(v, run.b, first_key, hk)
     ks = k.strides[1]
@@ -91,29 +87,29 @@ def banded_bwd_dq_tile(
         if SIZES.WINDOW > 0:
             hot += tl.cdiv(band.all_from - band.some_from, BLOCK_E) * BLOCK_E
             dq = _dq_loop(
-                queries, grads, k_base, ks, v_base, vs, band.some_from, tl.minimum(hot, end), band, place, factor,
+                queries, grads, k_base, ks, v_base, vs, band.some_from, tl.minimum(hot, end), band, factor,
                 minus, row_delta, dq, SIZES, BLOCK_E, True, False, EDGE_STAGES,
             )  # fmt: skip
         cold = hot + tl.maximum(tl.minimum(band.all_to, end) - hot, 0) // BLOCK_N * BLOCK_N
         dq = _dq_loop(
-            queries, grads, k_base, ks, v_base, vs, hot, cold, band, place, factor, minus, row_delta, dq, SIZES,
+            queries, grads, k_base, ks, v_base, vs, hot, cold, band, factor, minus, row_delta, dq, SIZES,
             BLOCK_N, False, False, None,
         )  # fmt: skip
         dq = _dq_loop(
-            queries, grads, k_base, ks, v_base, vs, cold, end, band, place, factor, minus, row_delta, dq, SIZES,
+            queries, grads, k_base, ks, v_base, vs, cold, end, band, factor, minus, row_delta, dq, SIZES,
             BLOCK_E, True, False, EDGE_STAGES,
         )  # fmt: skip
     else:
         dq = _dq_loop(
-            queries, grads, k_base, ks, v_base, vs, hot, end, band, place, factor, minus, row_delta, dq, SIZES,
+            queries, grads, k_base, ks, v_base, vs, hot, end, band, factor, minus, row_delta, dq, SIZES,
             BLOCK_N, True, False, None,
         )  # fmt: skip
     if not all_finite(dq):
-        dq = nan_of_keys(k_base, ks, band.some_from, end, place, SIZES, SIZES.HEAD_DIM, BLOCK_D, BLOCK_M)
+        dq = nan_of_keys(k_base, ks, band.some_from, end, band, SIZES, SIZES.HEAD_DIM, BLOCK_D, BLOCK_M)
         queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         grads = load_rows(grad_out, place, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
         dq = _dq_loop(
-            queries, grads, k_base, ks, v_base, vs, band.some_from, end, band, place, factor, minus, row_delta, dq,
+            queries, grads, k_base, ks, v_base, vs, band.some_from, end, band, factor, minus, row_delta, dq,
             SIZES, 16, True, True, 1,
         )  # fmt: skip
     lost = tl.fma(row_shift, factor, minus) + row_log_sum

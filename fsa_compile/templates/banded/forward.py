@@ -14,53 +14,27 @@ import triton.language as tl
 
 from ...tiling import Config, Device
 from ..kernel import Kernel, Output, Plan
+from ..query_tiles import LOWEST, keys_base, load_rows, place_of_tile, query_grid, softmax_end, softmax_step
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LN2, LOG2E, all_finite, columns, dense_strides, dot, finite_part, store_output
+from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, store_output
 from .sizes import (
     ARGUMENTS,
     Band,
     BandedSizes,
-    Place,
     band_of_tile,
     extent,
     in_band,
     inputs,
-    keys_base,
     keys_of_run,
     load_keys,
-    load_rows,
     nan_of_keys,
-    place_of_tile,
     query_config,
-    query_grid,
 )
-
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-
-
-@triton.jit
-def _shift(row_max, factor):
-    """What is subtracted from scaled scores; never -inf, so that nothing is NaN by itself."""
-    return tl.maximum(row_max * factor, LOWEST)
-
-
-@triton.jit
-def _softmax_step(scores, row_max, row_sum, factor):
-    """One step of the online softmax.
-
-    ``_shift`` rounds, by 1e-3 at logits of 1e4, but it is the same number in all of a row's weights; a fused product
-    adds no rounding of its own. ``banded_fwd_tile`` returns to the logarithm what the shift lost.
-    """
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    shift = _shift(new_max, factor)
-    p = tl.exp2(tl.fma(scores, factor, -shift[:, None]))
-    decay = tl.exp2(_shift(row_max, factor) - shift)
-    return p, decay, new_max, row_sum * decay + tl.sum(p, 1)
 
 
 @triton.jit
 def _fwd_loop(
-    q, k_base, k_stride, v_base, v_stride, start, end, band: Band, place: Place, factor, acc, row_max, row_sum,
+    q, k_base, k_stride, v_base, v_stride, start, end, band: Band, factor, acc, row_max, row_sum,
     SIZES: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend to keys ``start`` to ``end``; not MASKED: whole tiles, all of whose keys every row sees."""
@@ -69,8 +43,8 @@ def _fwd_loop(
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK]
         if MASKED:
             if CAREFUL | (i < band.all_from) | (i + BLOCK > band.all_to):
-                scores = tl.where(in_band(i, place.high, place.low, SIZES, BLOCK), scores, float("-inf"))
-        p, decay, row_max, row_sum = _softmax_step(scores, row_max, row_sum, factor)
+                scores = tl.where(in_band(i, band, SIZES, BLOCK), scores, float("-inf"))
+        p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, factor)
         v = load_keys(v_base, v_stride, i, end, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED)
         acc = acc * decay[:, None]
         if CAREFUL:
@@ -92,8 +66,8 @@ def banded_fwd_tile(
     """
     run, first = run_of_tile(seqs, w, TOKENS)
     first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
-    band = band_of_tile(run, first, count, SIZES, TOKENS)
-    place = place_of_tile(run, first, count, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, TOKENS, HEADS)
+    place = place_of_tile(run, first, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, TOKENS, HEADS)
+    band = band_of_tile(run, first, count, place, SIZES, TOKENS)
     k_base = keys_base(k, run.b, first_key, hk)
     v_base = keys_base(v, run.b, first_key, hk)
     ks = k.strides[1]
@@ -113,37 +87,34 @@ def banded_fwd_tile(
         if SIZES.WINDOW > 0:
             hot += tl.cdiv(band.all_from - band.some_from, BLOCK_E) * BLOCK_E
             acc, row_max, row_sum = _fwd_loop(
-                queries, k_base, ks, v_base, vs, band.some_from, tl.minimum(hot, end), band, place, factor, acc,
+                queries, k_base, ks, v_base, vs, band.some_from, tl.minimum(hot, end), band, factor, acc,
                 row_max, row_sum, SIZES, BLOCK_E, True, False, EDGE_STAGES,
             )  # fmt: skip
         cold = hot + tl.maximum(tl.minimum(band.all_to, end) - hot, 0) // BLOCK_N * BLOCK_N
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, ks, v_base, vs, hot, cold, band, place, factor, acc, row_max, row_sum, SIZES, BLOCK_N,
+            queries, k_base, ks, v_base, vs, hot, cold, band, factor, acc, row_max, row_sum, SIZES, BLOCK_N,
             False, False, None,
         )  # fmt: skip
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, ks, v_base, vs, cold, end, band, place, factor, acc, row_max, row_sum, SIZES, BLOCK_E,
+            queries, k_base, ks, v_base, vs, cold, end, band, factor, acc, row_max, row_sum, SIZES, BLOCK_E,
             True, False, EDGE_STAGES,
         )  # fmt: skip
     else:
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, ks, v_base, vs, hot, end, band, place, factor, acc, row_max, row_sum, SIZES, BLOCK_N,
+            queries, k_base, ks, v_base, vs, hot, end, band, factor, acc, row_max, row_sum, SIZES, BLOCK_N,
             True, False, None,
         )  # fmt: skip
     if not all_finite(acc):
         row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
-        acc = nan_of_keys(v_base, vs, band.some_from, end, place, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
+        acc = nan_of_keys(v_base, vs, band.some_from, end, band, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
         queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, ks, v_base, vs, band.some_from, end, band, place, factor, acc, row_max, row_sum, SIZES,
+            queries, k_base, ks, v_base, vs, band.some_from, end, band, factor, acc, row_max, row_sum, SIZES,
             16, True, True, 1,
         )  # fmt: skip
-    empty = row_sum == 0
-    out = acc / tl.where(empty, 1.0, row_sum)[:, None]
-    lost = tl.fma(row_max, -factor, _shift(row_max, factor))
-    log_sum = tl.where(empty, float("-inf"), (tl.log2(tl.where(empty, 1.0, row_sum)) + lost) * LN2)
-    return out, tl.where(empty, 0.0, row_max), log_sum, place
+    out, row_shift, log_sum = softmax_end(acc, row_max, row_sum, factor)
+    return out, row_shift, log_sum, place
 
 
 @triton.jit

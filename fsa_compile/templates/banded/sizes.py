@@ -3,9 +3,6 @@
 Key ``i`` of a run covers positions up to ``last(i) = i * STRIDE + FIRST_END``; a query at position ``t`` sees it iff
 ``t - WINDOW < last(i) <= t``. Compressed attention: STRIDE is kernel_stride, FIRST_END is kernel_size - 1, WINDOW is 0,
 which means none. Sliding-window attention: STRIDE 1, FIRST_END 0, WINDOW the window.
-
-A query tile holds TOKENS consecutive tokens of a run by HEADS heads of a group: row ``r`` is token ``r // HEADS`` and
-head ``r % HEADS``, so that a tile is full whatever the group, and a token's heads share the keys on chip.
 """
 
 from __future__ import annotations
@@ -17,7 +14,8 @@ import triton.language as tl
 
 from ...tiling import Config, padded
 from ..kernel import SEQUENCES, Strided, sequences
-from ..sequences import Rows, Run, Sequences, batched_run, find_run, num_tiles, packed_run, run_start
+from ..query_tiles import Place, query_tiles
+from ..sequences import Run, Sequences, batched_run, find_run, packed_run, run_start
 from ..tiles import add_met
 
 ARGUMENTS = f"{SEQUENCES}, *, SymInt seq_len_k, int key_stride, int first_end, int window, float scale"
@@ -53,12 +51,6 @@ class BandedSizes(NamedTuple):
         return max(self.BLOCK_D, self.BLOCK_DV)
 
 
-def query_tiles(sizes: BandedSizes, block_m: int) -> dict[str, int]:
-    """The constexprs of a query tile of ``block_m`` rows; a group wider than that is cut."""
-    heads = min(sizes.GROUP, block_m)
-    return {"BLOCK_M": block_m, "TOKENS": block_m // heads, "HEADS": heads}
-
-
 def query_config(
     sizes: BandedSizes, block_m: int, block_n: int, block_e: int, warps: int, stages: int, edge_stages: int = 1
 ) -> Config:
@@ -88,37 +80,16 @@ def extent(q: Any, k: Any, cu_seqlens_q: Any) -> tuple[Any, ...]:
     return q.shape[0], q.shape[1], k.shape[1], num_seqs, packed, num_kv_heads, q.shape[2] // num_kv_heads
 
 
-def query_grid(extent: tuple[Any, ...], tiles: dict[str, Any], cdiv: Any) -> tuple[Any, Any, Any]:
-    """One program per query tile and key/value head; tiles run fastest, so that a head's keys stay in L2."""
-    batch, seq_len, _, num_seqs, packed, num_kv_heads, group = extent
-    return (
-        num_tiles(batch, seq_len, num_seqs, packed, tiles["TOKENS"], cdiv),
-        num_kv_heads * cdiv(group, tiles["HEADS"]),
-        1,
-    )
-
-
 class Band(NamedTuple):
-    """Of a query tile, by key: seen by some row from ``some_from`` to ``some_to``, by all in ``all_from, all_to``."""
+    """Of a query tile, by key: seen by some row from ``some_from`` to ``some_to``, by all in ``all_from, all_to``.
+
+    high, low: ``[BLOCK_M]``; a row sees the keys with ``low < last(i) <= high``.
+    """
 
     some_from: Any
     all_from: Any
     all_to: Any
     some_to: Any
-
-
-class Place(NamedTuple):
-    """Where a query tile's rows lie, all ``[BLOCK_M]`` but ``b``, ``hk`` and ``seq_len``.
-
-    n: row of the flattened ``[B * T * HQ]`` statistics. high, low: a row sees the keys with ``low < last(i) <= high``.
-    """
-
-    b: Any
-    hk: Any
-    t: Any
-    h: Any
-    n: Any
-    exists: Any
     high: Any
     low: Any
 
@@ -145,7 +116,7 @@ def keys_up_to(pos, count, SIZES: tl.constexpr):
 
 
 @triton.jit
-def band_of_tile(run: Run, first, count, SIZES: tl.constexpr, TOKENS: tl.constexpr):
+def band_of_tile(run: Run, first, count, place: Place, SIZES: tl.constexpr, TOKENS: tl.constexpr):
     """The keys that the TOKENS tokens from ``first`` of a run see."""
     low = run.offset + first
     high = run.offset + tl.minimum(first + TOKENS, run.num_rows) - 1
@@ -154,43 +125,9 @@ def band_of_tile(run: Run, first, count, SIZES: tl.constexpr, TOKENS: tl.constex
     if SIZES.WINDOW > 0:
         some_from = keys_up_to(low - SIZES.WINDOW, count, SIZES)
         all_from = keys_up_to(high - SIZES.WINDOW, count, SIZES)
-    return Band(some_from, all_from, keys_up_to(low, count, SIZES), keys_up_to(high, count, SIZES))
-
-
-@triton.jit
-def place_of_tile(
-    run: Run, first, count, hk, head_tile, seq_len, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-):  # fmt: skip
-    """The rows of the tile that starts at token ``first`` of a run."""
-    row = tl.arange(0, BLOCK_M)
-    token = first + row // HEADS
-    head = head_tile * HEADS + row % HEADS
-    exists = (token < run.num_rows) & (row < TOKENS * HEADS) & (head < SIZES.GROUP)
-    pos = run.offset + token
-    t = run.first_row + token
-    h = hk * SIZES.GROUP + head
-    n = (run.b.to(tl.int64) * seq_len + t) * (SIZES.NUM_KV_HEADS * SIZES.GROUP) + h
-    high = tl.minimum(pos, count * SIZES.STRIDE + (SIZES.FIRST_END - 1))
-    return Place(run.b, hk, t, h, n, exists, high, pos - SIZES.WINDOW)
-
-
-@triton.jit
-def load_rows(x: Rows, place: Place, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
-    """The tile's rows of a ``[B, T, HQ, WIDTH]`` tensor; 0 where there are none."""  # [BLOCK_M, BLOCK_W]
-    cols = tl.arange(0, BLOCK_W)
-    rows = place.t.to(tl.int64) * x.strides[1] + place.h.to(tl.int64) * x.strides[2]
-    mask = place.exists[:, None]
-    if BLOCK_W != WIDTH:
-        mask = mask & (cols < WIDTH)[None, :]
-    base = x.ptr + place.b.to(tl.int64) * x.strides[0]
-    return tl.load(base + (rows[:, None] + cols[None, :]), mask=mask, other=0.0)
-
-
-@triton.jit
-def keys_base(x: Rows, b, first, hk):
-    """Where the keys of a run and a head start in ``k`` or ``v``."""
-    return x.ptr + (b.to(tl.int64) * x.strides[0] + first.to(tl.int64) * x.strides[1] + hk.to(tl.int64) * x.strides[2])
+    last = tl.minimum(place.pos, count * SIZES.STRIDE + (SIZES.FIRST_END - 1))
+    all_to = keys_up_to(low, count, SIZES)
+    return Band(some_from, all_from, all_to, keys_up_to(high, count, SIZES), last, place.pos - SIZES.WINDOW)
 
 
 @triton.jit
@@ -213,25 +150,25 @@ def load_keys(base, stride, start, end, WIDTH: tl.constexpr, BLOCK_W: tl.constex
 
 
 @triton.jit
-def in_band(start, high, low, SIZES: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of the keys from ``start`` on the rows see, by their ``high`` and ``low``."""  # [BLOCK_M, BLOCK]
+def in_band(start, band: Band, SIZES: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of the keys from ``start`` on the rows see."""  # [BLOCK_M, BLOCK]
     last = (start + tl.arange(0, BLOCK)) * SIZES.STRIDE + SIZES.FIRST_END
-    visible = last[None, :] <= high[:, None]
+    visible = last[None, :] <= band.high[:, None]
     if SIZES.WINDOW > 0:
-        visible = visible & (last[None, :] > low[:, None])
+        visible = visible & (last[None, :] > band.low[:, None])
     return visible
 
 
 @triton.jit
 def nan_of_keys(
-    base, stride, start, end, place: Place, SIZES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+    base, stride, start, end, band: Band, SIZES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """NaN where a row sees a key whose ``k`` or ``v`` is not finite in that column, else 0: a careful sum's start."""
     met = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     for i in tl.range(start, end, 16, num_stages=1):
         x = load_keys(base, stride, i, end, WIDTH, BLOCK_W, 16, True)
-        met = add_met(met, in_band(i, place.high, place.low, SIZES, 16), x)
+        met = add_met(met, in_band(i, band, SIZES, 16), x)
     return tl.where(met > 0, float("nan"), 0.0)
 
 
