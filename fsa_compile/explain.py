@@ -304,8 +304,9 @@ def _report(e: Explanation) -> Iterator[str]:
     if nsa:
         alike = _alike(nsa)
         yield ""
-        head = (*_WORDS, *(f"{order} predicted" for order in cost.LOOP_ORDERS), "speed-up")
-        yield from _table([head, *(_row(i, s, n) for i, (s, n) in enumerate(alike, 1))])
+        orders = [order for order in cost.LOOP_ORDERS if any(order in s.costs for s in nsa)]
+        head = (*_WORDS, *(f"{order} predicted" for order in orders), "speed-up")
+        yield from _table([head, *(_row(i, s, n, orders) for i, (s, n) in enumerate(alike, 1))])
         yield "  Predicted is the time of the selected branch."
         yield ""
         yield "Why"
@@ -342,8 +343,8 @@ def _times(n: int) -> str:
     return f" ({n} times)" if n > 1 else ""
 
 
-def _row(number: int, site: Site, calls: int) -> tuple[str, ...]:
-    times = tuple(cost.format_seconds(site.costs[o]) if o in site.costs else "-" for o in cost.LOOP_ORDERS)
+def _row(number: int, site: Site, calls: int, orders: Sequence[str]) -> tuple[str, ...]:
+    times = tuple(cost.format_seconds(site.costs[o]) if o in site.costs else "-" for o in orders)
     speedup = "-"
     if site.loop_order and site.costs:
         other = cost.best_other(site.costs, site.loop_order)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "Config", "Device", "ENTRIES_PER_TILE", "configured", "next_power_of_2", "padded", "selected_block_n", "tuned_file",
+    "union_tokens",
 ]  # fmt: skip
 
 
@@ -53,6 +54,16 @@ def selected_block_n(block_size: int, head_dim: int, head_dim_v: int, itemsize: 
     """
     widest = padded(max(head_dim, head_dim_v))
     return min(block_size, 64 if itemsize < 4 else max(16, 4096 // widest))
+
+
+def union_tokens(gqa_group_size: int, num_selected: int, itemsize: int) -> int:
+    """Tokens of a query tile that attends to the union of their blocks: what fills 64 rows of a matrix product.
+
+    More tokens share more of their blocks, and each then computes more that is not its own. A sort of the tile's
+    selections has to fit one program. float32 is multiplied from registers, which hold 16 rows.
+    """
+    rows = 64 if itemsize < 4 else 16
+    return max(1, min(rows // next_power_of_2(gqa_group_size), 2048 // next_power_of_2(num_selected)))
 
 
 def tuned_file(device_name: str) -> Path:

@@ -22,7 +22,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fsa_compile
-from fsa_compile import lowering
+from fsa_compile import cost, lowering
 from fsa_compile.lowering import PASS, _inductor, install
 from fsa_compile.testing.inputs import Inputs, make_inputs
 from fsa_compile.testing.specs import Spec
@@ -335,7 +335,7 @@ _MAIN = {"fsa": "merge_partials_tile", "nsa": "selected_fwd_query_outer_tile"}
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("order", ["fsa", "nsa"])
+@pytest.mark.parametrize("order", list(cost.LOOP_ORDERS))
 def test_gpu_training_in_both_orders(order: str, dtype: torch.dtype) -> None:
     x = make_inputs(_LONG, "cuda", dtype, requires_grad=True)
 
@@ -350,7 +350,7 @@ def test_gpu_training_in_both_orders(order: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("order", ["fsa", "nsa"])
+@pytest.mark.parametrize("order", list(cost.LOOP_ORDERS))
 def test_gpu_gates_are_in_the_epilogue_of_the_key_value_outer_kernels(order: str, dynamic: bool) -> None:
     x = make_inputs(replace(_LONG, num_kv_heads=1, gqa_group_size=16), "cuda", torch.bfloat16)
     o_cmp, o_swa = torch.randn_like(x.q), torch.randn_like(x.q)
@@ -370,7 +370,7 @@ def test_gpu_gates_are_in_the_epilogue_of_the_key_value_outer_kernels(order: str
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("order", ["fsa", "nsa"])
+@pytest.mark.parametrize("order", list(cost.LOOP_ORDERS))
 def test_gpu_cuda_graphs(order: str) -> None:
     def fn(q, k, v, block_indices):
         return fsa_compile.selected_attention(q, k, v, block_indices, block_size=64, loop_order=order)
@@ -386,7 +386,7 @@ def test_gpu_cuda_graphs(order: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("order", ["fsa", "nsa"])
+@pytest.mark.parametrize("order", list(cost.LOOP_ORDERS))
 def test_gpu_max_autotune(order: str) -> None:
     x = make_inputs(_LONG, "cuda", torch.bfloat16, requires_grad=True)
 
@@ -398,7 +398,7 @@ def test_gpu_max_autotune(order: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("order", ["fsa", "nsa"])
+@pytest.mark.parametrize("order", list(cost.LOOP_ORDERS))
 def test_gpu_max_autotune_packed(order: str) -> None:
     spec = replace(_LONG, lengths=(300, 50, 411))
     x = make_inputs(spec, "cuda", torch.bfloat16, requires_grad=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from fsa_compile import cost
 from fsa_compile.ops import options
 from fsa_compile.ops.kernels import KERNELS
 from fsa_compile.ops.options import Layout
@@ -61,7 +62,7 @@ def launches(
         RULES["mean_compress_backward"].fn(k_cmp, options.CompressionBackward(seq_len, 32, 16), keys_only)
         calls: list[tuple[str, tuple[Any, ...], Any]] = [
             ("selected_attention", (q, k, v, block_indices), options.Selected(block_size, 0.1, order))
-            for order in ("fsa", "nsa")
+            for order in cost.LOOP_ORDERS
         ]
         calls += [
             ("compressed_attention", (q, k_cmp, v_cmp), options.Compressed(32, 16, seq_len, 0.1)),

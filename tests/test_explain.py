@@ -145,7 +145,7 @@ def test_every_stage_is_a_site_of_its_own(fake_cuda: None) -> None:
 
 
 def test_loop_order_is_taken_from_the_call(fake_cuda: None) -> None:
-    for order in ("fsa", "nsa"):
+    for order in cost.LOOP_ORDERS:
         (site,) = explain(selected, *cuda_arguments(), loop_order=order).sites
         assert (site.matched, site.loop_order) == (True, order)
         assert "was asked for" in site.reason

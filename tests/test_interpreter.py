@@ -19,6 +19,7 @@ PARTS = [
     ("test_banded_kernels.py", ""),
     ("test_compression_kernels.py", ""),
     ("test_selection_kernels.py", ""),
+    ("test_union_kernels.py", ""),
 ]
 
 

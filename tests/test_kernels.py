@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fsa_compile import cost
 from fsa_compile.ops import options
 from fsa_compile.ops.options import Layout
 from fsa_compile.ops.selected import orders
@@ -35,7 +36,7 @@ from fsa_compile.tiling import ENTRIES_PER_TILE
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-ORDERS = ("fsa", "nsa")
+ORDERS = tuple(cost.LOOP_ORDERS)
 EXAMPLES = settings(max_examples=3 if INTERPRETED else 40)
 
 kernels = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu

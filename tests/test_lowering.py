@@ -20,11 +20,16 @@ from fsa_compile.ops.selected import orders
 from fsa_compile.testing.fake_gpu import Harness, pretend_h200
 
 fsa = torch.ops.fsa
-ORDERS = ("fsa", "nsa")
-FORWARD_TEMPLATES = {"fsa": ["fwd_kv_outer", "merge_partials"], "nsa": ["fwd_query_outer"]}
+ORDERS = tuple(cost.LOOP_ORDERS)
+FORWARD_TEMPLATES = {
+    "fsa": ["fwd_kv_outer", "merge_partials"],
+    "nsa": ["fwd_query_outer"],
+    "tile": ["unions", "fwd_union"],
+}
 BACKWARD_TEMPLATES = {
     "fsa": ["bwd_kv_outer", "sum_partials", "reduce_tiles"],
     "nsa": ["bwd_kv_outer", "bwd_query_outer", "reduce_tiles"],
+    "tile": ["bwd_kv_outer", "unions", "bwd_union", "reduce_tiles"],
 }
 
 

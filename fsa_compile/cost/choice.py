@@ -17,7 +17,7 @@ SCRATCH_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Choice:
-    """A loop order, what each was predicted to cost (seconds) and why this one."""
+    """A loop order, what each that was considered is predicted to cost (seconds) and why this one."""
 
     order: str
     costs: dict[str, float]
@@ -50,7 +50,7 @@ _Values = Callable[..., Any]
 def _arguments(problem: Problem, device: Device) -> tuple[float, ...]:
     p = problem
     sizes = (p.batch, p.seq_len, p.seq_len_k, p.num_kv_heads, p.gqa_group_size, p.head_dim, p.head_dim_v)
-    tiles = (p.query_rows, KV_OUTER_ROWS, ENTRIES_PER_TILE, p.chunks)
+    tiles = (p.query_rows, KV_OUTER_ROWS, ENTRIES_PER_TILE, p.union_tokens, p.chunks)
     flops = device.flops if p.itemsize <= 2 else device.flops_fp32
     rates = (device.dram_bandwidth, device.l2_bandwidth, device.sort_rate)
     # In floats: the products of large sizes stay finite where they would be slow as big integers.
@@ -160,7 +160,10 @@ def choose(
     if training and backward:
         raise ValueError("training and backward are both set; training already counts the backward")
     stage = "training" if training else "backward" if backward else "forward"
-    costs, scratch = _evaluated(problem, device, stage)
+    from .orders import ORDERS
+
+    seconds, scratch = _evaluated(problem, device, stage)
+    costs = {order: seconds[order] for order in ORDERS if order == loop_order or not ORDERS[order].on_request}
     scope = "forward + backward" if training else stage
 
     def versus(order: str) -> str:

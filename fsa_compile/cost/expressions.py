@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sympy import Expr, Integer, Max, Min, Rational, Symbol, ceiling
+from sympy import Expr, Integer, Max, Min, Rational, Symbol, ceiling, exp
 
 from ..tiling import ENTRIES_PER_TILE
 from .problem import KV_OUTER_ROWS
@@ -19,16 +19,18 @@ def _sym(name: str) -> Symbol:
 
 
 B, T, Tk, HK, G, D, DV, bs, S, w = map(_sym, ("B", "T", "Tk", "HK", "G", "D", "DV", "bs", "S", "w"))
-M_q, M_kv, N_w, C = map(_sym, ("M_q", "M_kv", "N_w", "C"))
+M_q, M_kv, N_w, N_t, C = map(_sym, ("M_q", "M_kv", "N_w", "N_t", "C"))
 FLOPS, BW_dram, BW_L2 = map(_sym, ("FLOPS", "BW_dram", "BW_L2"))
 R_sort, t_launch, SMs = map(_sym, ("R_sort", "t_launch", "SMs"))
-E, W, P = map(_sym, ("E", "W", "P"))
+E, W, P, U = map(_sym, ("E", "W", "P", "U"))
 
+_half = Max(S, Tk / (2 * bs))  # blocks that a query can select, on average
 # Names that make the expressions readable; substituted before evaluation.
 DERIVED: dict[Symbol, Expr] = {
     E: B * T * HK * Min(S, ceiling(Tk / bs)),
     W: E / N_w + Min(E, B * HK * ceiling(Tk / bs)),
     P: E * G * C,
+    U: _half * (1 - exp(-N_t * S / _half)),
 }
 
 MEANING: dict[Symbol, str] = {
@@ -45,10 +47,12 @@ MEANING: dict[Symbol, str] = {
     M_q: "rows of the query-outer tile: G rounded up to a power of two, at least 16",
     M_kv: f"rows of the KV-outer tile ({KV_OUTER_ROWS}), each a query head of an entry",
     N_w: f"entries that one work item of a KV-outer pass serves ({ENTRIES_PER_TILE})",
+    N_t: "tokens of a query tile",
     C: "chunks that the KV-outer passes cut a block into: 1 where the whole of it fits on chip",
     E: "entries: (token, KV head, selected block) triples",
     W: "work items of a KV-outer pass; every list's last one is partly filled",
     P: "rows of partials: one for each entry, query head and chunk",
+    U: "blocks of a query tile's union, where neighbours select independently of each other",
     FLOPS: "matmul rate at the inputs' dtype, 1/s (a multiply-add is two)",
     BW_dram: "DRAM bandwidth that a streaming kernel reaches, B/s",
     BW_L2: "L2 bandwidth that a gathering kernel reaches, B/s",
@@ -58,7 +62,7 @@ MEANING: dict[Symbol, str] = {
 }
 
 SIZES = (B, T, Tk, HK, G, D, DV, bs, S, w)
-TILES = (M_q, M_kv, N_w, C)
+TILES = (M_q, M_kv, N_w, N_t, C)
 CONSTANTS = (FLOPS, BW_dram, BW_L2, R_sort, t_launch, SMs)
 
 
@@ -70,6 +74,8 @@ EFFICIENCY: dict[str, Rational] = {
     "KV-outer partials": Rational(30, 100),
     "KV-outer dk dv": Rational(37, 100),
     "KV-outer dq dk dv": Rational(265, 1000),
+    "query-tile": Rational(40, 100),
+    "query-tile dq": Rational(40, 100),
 }
 
 

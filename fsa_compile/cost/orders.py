@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sympy import Expr, Integer, Max, Min
 
-from .expressions import DV, HK, B, C, D, E, G, M_kv, M_q, N_w, P, Pass, T, Tk, W, bs, tensor_bytes
+from .expressions import DV, HK, B, C, D, E, G, M_kv, M_q, N_t, N_w, P, Pass, S, T, Tk, U, W, bs, tensor_bytes
 
 # What a choice can be for: one direction by itself, or both, as a training step runs them.
 STAGES = ("forward", "backward", "training")
@@ -23,6 +23,7 @@ class Order:
     backward: tuple[Pass, ...]
     forward_scratch: Expr
     backward_scratch: Expr
+    on_request: bool = False  # "auto" leaves it alone
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
         """Of one of ``STAGES``. What forward and backward have in common, the lists, a training step makes once."""
@@ -68,6 +69,23 @@ _TILE_SUM = Pass(
     launches=2,
 )
 
+_DKV = Pass(
+    "KV-outer dk dv",
+    "s = q k', dp = do v', dv = p' do, dk = ds' q: gather q and do rows, one float32 tile for each work item",
+    flops=2 * _kv_rows * bs * (2 * D + 2 * DV),
+    l2_bytes=tensor_bytes(W * bs, D, DV) + tensor_bytes(P, D, DV),
+    dram_bytes=tensor_bytes(P, D, DV) + 8 * P + 8 * E + _dkv_tiles,
+    items=_items_kv,
+)
+
+_tiles = B * T * HK / N_t
+_UNIONS = Pass(
+    "unions",
+    "sort the blocks of a query tile's tokens, and keep each once with its tokens",
+    dram_bytes=4 * E + 12 * _tiles * U,
+)
+_walked = _tiles * U * bs  # keys, once for each tile
+
 _SORTED = 24 * E  # bytes, while the lists are sorted
 
 ORDERS: dict[str, Order] = {
@@ -85,15 +103,7 @@ ORDERS: dict[str, Order] = {
         backward=(
             _DELTA,
             _LISTS,
-            Pass(
-                "KV-outer dk dv",
-                "s = q k', dp = do v', dv = p' do, dk = ds' q: gather q and do rows, one float32 tile for each work "
-                "item",
-                flops=2 * _kv_rows * bs * (2 * D + 2 * DV),
-                l2_bytes=tensor_bytes(W * bs, D, DV) + tensor_bytes(P, D, DV),
-                dram_bytes=tensor_bytes(P, D, DV) + 8 * P + 8 * E + _dkv_tiles,
-                items=_items_kv,
-            ),
+            _DKV,
             Pass(
                 "query-outer dq",
                 "s, dp, dq = ds k; K/V blocks read again for every token",
@@ -145,5 +155,37 @@ ORDERS: dict[str, Order] = {
         ),
         forward_scratch=_SORTED + tensor_bytes(P, DV) + 4 * P,
         backward_scratch=_SORTED + tensor_bytes(P, D) + _dkv_tiles,
+    ),
+    "tile": Order(
+        forward=(
+            _UNIONS,
+            Pass(
+                "query-tile",
+                "each tile of neighbouring tokens walks the union of their blocks; a token uses those that it selected",
+                flops=2 * _walked * N_t * G * (D + DV),
+                l2_bytes=tensor_bytes(_walked, D, DV),
+                dram_bytes=tensor_bytes(_q_rows, D, DV) + tensor_bytes(_read_rows, D, DV) + 4 * _q_rows,
+                items=_tiles,
+            ),
+        ),
+        backward=(
+            _DELTA,
+            _LISTS,
+            _UNIONS,
+            _DKV,
+            Pass(
+                "query-tile dq",
+                "s, dp, dq = ds k, over the union",
+                flops=2 * _walked * N_t * G * (2 * D + DV),
+                l2_bytes=tensor_bytes(_walked, D, DV),
+                dram_bytes=tensor_bytes(_q_rows, D, DV, D) + tensor_bytes(_read_rows, D, DV) + 8 * _q_rows,
+                items=_tiles,
+            ),
+            _TILE_SUM,
+        ),
+        forward_scratch=12 * _tiles * N_t * S,
+        backward_scratch=_SORTED + _dkv_tiles + 12 * _tiles * N_t * S,
+        # What it takes goes with how neighbours agree, which the sizes do not tell.
+        on_request=True,
     ),
 }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..tiling import next_power_of_2, selected_block_n
+from ..tiling import next_power_of_2, selected_block_n, union_tokens
 
 # The loop orders and their names for people. Here, as what only checks an argument needs no expressions.
-LOOP_ORDERS = {"fsa": "KV-outer", "nsa": "query-outer"}
+LOOP_ORDERS = {"fsa": "KV-outer", "nsa": "query-outer", "tile": "query-tile"}
 
 # The kernels' tiles; what both packages reckon with is in fsa_compile.tiling.
 # Rows of the KV-outer passes' matmuls: (entry, query head) pairs of one list, taken this many at a time.
@@ -43,6 +43,11 @@ class Problem:
     def query_rows(self) -> int:
         """Rows of the query-outer matmul tile: G rounded up to a power of two, at least ``MIN_QUERY_ROWS``."""
         return max(MIN_QUERY_ROWS, next_power_of_2(self.gqa_group_size))
+
+    @property
+    def union_tokens(self) -> int:
+        """Tokens of a query tile that attends to the union of their blocks."""
+        return union_tokens(self.gqa_group_size, self.num_selected, self.itemsize)
 
     @property
     def chunks(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import cost
+from ...tiling import union_tokens
 from ..options import Layout, Selected
 from ..problem import device_of, problem_of
 from ..rules import Rule, Runs, kernel_runs, register
@@ -56,18 +57,39 @@ def _kv_outer_forward(
     return _ops._merge_partials(*partials, block_indices, *runs, seq_len_k=k.shape[1], **sizes)
 
 
-def _backward(
-    known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any], *, dq_partials: bool
+def _unions(q: Tensor, k: Tensor, block_indices: Tensor, runs: Runs, block_size: int) -> tuple[Any, dict[str, int]]:
+    """The unions of query tiles, and their size."""
+    tokens = union_tokens(q.shape[2] // k.shape[2], block_indices.shape[3], q.dtype.itemsize)
+    tile = {"block_size": block_size, "tokens": tokens}
+    return _ops._tile_unions(block_indices, *runs, seq_len_k=k.shape[1], **tile), tile
+
+
+def _tile_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dk and dv from key blocks outside, with dq as partials of that pass or from queries outside."""
+    unions, tile = _unions(q, k, block_indices, runs, sizes["block_size"])
+    return _ops._selected_fwd_union(q, k, v, *unions, *runs, **tile, scale=sizes["scale"])
+
+
+def _query_outer_dq(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any]) -> Tensor:
+    return _ops._selected_bwd_query_outer(*known, *runs, **sizes)
+
+
+def _tile_dq(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any]) -> Tensor:
+    grad_out, q, k, v, block_indices, *statistics = known
+    unions, tile = _unions(q, k, block_indices, runs, sizes["block_size"])
+    return _ops._selected_bwd_union(grad_out, q, k, v, *statistics, *unions, *runs, **tile, scale=sizes["scale"])
+
+
+def _backward(
+    known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any], *, dq_by: Callable[..., Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dk and dv from key blocks outside; dq by itself, or (None) as partials of that pass."""
     _, _, k, v, block_indices, *_ = known
     blocks = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
     lists = _ops._block_lists(block_indices, *runs, **blocks)
-    dk_tiles, dv_tiles, dq = _ops._selected_bwd_kv_outer(*known, *lists, *runs, **sizes, with_dq=dq_partials)
-    if dq_partials:
-        dq = _ops._sum_partials(dq, block_indices, *runs, **blocks)
-    else:
-        dq = _ops._selected_bwd_query_outer(*known, *runs, **sizes)
+    dk_tiles, dv_tiles, dq = _ops._selected_bwd_kv_outer(*known, *lists, *runs, **sizes, with_dq=dq_by is None)
+    dq = _ops._sum_partials(dq, block_indices, *runs, **blocks) if dq_by is None else dq_by(known, runs, sizes)
     dk = _ops._reduce_tiles(dk_tiles, lists[2], k, *runs, block_size=sizes["block_size"])
     dv = _ops._reduce_tiles(dv_tiles, lists[2], v, *runs, block_size=sizes["block_size"])
     return dq, dk, dv
@@ -86,8 +108,9 @@ class Order:
 
 
 ORDERS = {
-    "nsa": Order(_query_outer_forward, partial(_backward, dq_partials=False)),
-    "fsa": Order(_kv_outer_forward, partial(_backward, dq_partials=True)),
+    "nsa": Order(_query_outer_forward, partial(_backward, dq_by=_query_outer_dq)),
+    "fsa": Order(_kv_outer_forward, partial(_backward, dq_by=None)),
+    "tile": Order(_tile_forward, partial(_backward, dq_by=_tile_dq)),
 }
 
 

@@ -12,9 +12,9 @@ import triton.language as tl
 
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
-from ..query_tiles import keys_base, load_rows, place_of_tile, query_grid
+from ..query_tiles import keys_base, load_rows, load_weights, place_of_tile, query_grid, what_was_lost
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, store_output
+from ..tiles import LOG2E, Statistics, all_finite, columns, dense_strides, dot, finite_part, store_output
 from .sizes import (
     ARGUMENTS,
     Band,
@@ -53,7 +53,7 @@ def _dq_loop(
 
 @triton.jit
 def banded_bwd_dq_tile(
-    grad_out: Rows, q: Rows, k: Rows, v: Rows, shift, log_sum, delta, seqs: Sequences, num_key_rows, scale,
+    grad_out: Rows, q: Rows, k: Rows, v: Rows, rows: Statistics, seqs: Sequences, num_key_rows, scale,
     w, hk, head_tile, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -69,14 +69,7 @@ def banded_bwd_dq_tile(
     queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     grads = load_rows(grad_out, place, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
     factor = scale * LOG2E
-    row_shift = tl.load(shift + place.n, mask=place.exists, other=0.0)
-    row_log_sum = tl.load(log_sum + place.n, mask=place.exists, other=0.0)
-    row_log_sum = tl.where(row_log_sum == float("-inf"), 0.0, row_log_sum) * LOG2E
-    row_delta = tl.load(delta + place.n, mask=place.exists, other=0.0)
-    # One number is subtracted from the scaled scores. It rounds, by 1e-3 at logits of 1e4, but by as much in all of a
-    # row's weights, so that the row can be put right at the end.
-    minus = tl.fma(-row_shift, factor, -row_log_sum)
-
+    minus, row_delta, row_shift, row_log_sum = load_weights(rows, place, factor)
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
     # A tile past the run's end has nothing to do; its bands are not to be trusted.
     end = tl.where(first < run.num_rows, band.some_to, band.some_from)
@@ -112,13 +105,12 @@ def banded_bwd_dq_tile(
             queries, grads, k_base, ks, v_base, vs, band.some_from, end, band, factor, minus, row_delta, dq,
             SIZES, 16, True, True, 1,
         )  # fmt: skip
-    lost = tl.fma(row_shift, factor, minus) + row_log_sum
-    return dq * (tl.exp2(-lost) * scale)[:, None], place
+    return dq * (what_was_lost(minus, row_shift, row_log_sum, factor) * scale)[:, None], place
 
 
 @triton.jit
 def banded_bwd_dq_kernel(
-    grad_out: Rows, q: Rows, k: Rows, v: Rows, shift, log_sum, delta, dq, seqs: Sequences, num_key_rows, scale,
+    grad_out: Rows, q: Rows, k: Rows, v: Rows, rows: Statistics, dq, seqs: Sequences, num_key_rows, scale,
     SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +118,7 @@ def banded_bwd_dq_kernel(
     parts = tl.cdiv(SIZES.GROUP, HEADS)
     hk = tl.program_id(1) // parts
     value, place = banded_bwd_dq_tile(
-        grad_out, q, k, v, shift, log_sum, delta, seqs, num_key_rows, scale, w, hk, tl.program_id(1) % parts, SIZES,
+        grad_out, q, k, v, rows, seqs, num_key_rows, scale, w, hk, tl.program_id(1) % parts, SIZES,
         BLOCK_M, TOKENS, HEADS, BLOCK_N, BLOCK_E, EDGE_STAGES,
     )  # fmt: skip
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
@@ -142,9 +134,9 @@ def plan(
 ) -> Plan:  # fmt: skip
     """grad_out: (batch, seq_len, num_q_heads, head_dim_v). shift, log_sum, delta: (batch, seq_len, num_q_heads)."""
     found = inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, seq_len_k, scale)
-    rows = {"shift": Dense(shift), "log_sum": Dense(log_sum), "delta": Dense(delta)}
+    rows = Statistics(Dense(shift), Dense(log_sum), Dense(delta))
     return Plan(
-        inputs={"grad_out": Strided(grad_out), **found, **rows},
+        inputs={"grad_out": Strided(grad_out), **found, "rows": rows},
         outputs={"dq": Output(tuple(q.shape), q.dtype)},
         sizes=BandedSizes.of_call(q, k, v, key_stride, first_end, window),
         extent=extent(q, k, cu_seqlens_q),

@@ -15,10 +15,16 @@ from __future__ import annotations
 
 from .bwd_kv_outer import BWD_KV_OUTER
 from .bwd_query_outer import BWD_QUERY_OUTER
+from .bwd_union import BWD_UNION
 from .fwd_kv_outer import FWD_KV_OUTER
 from .fwd_query_outer import FWD_QUERY_OUTER
+from .fwd_union import FWD_UNION
 from .merge_partials import MERGE_PARTIALS
 from .reduce_tiles import REDUCE_TILES
 from .sum_partials import SUM_PARTIALS
+from .unions import TILE_UNIONS
 
-KERNELS = (FWD_QUERY_OUTER, FWD_KV_OUTER, MERGE_PARTIALS, BWD_KV_OUTER, BWD_QUERY_OUTER, SUM_PARTIALS, REDUCE_TILES)
+KERNELS = (
+    FWD_QUERY_OUTER, FWD_KV_OUTER, FWD_UNION, MERGE_PARTIALS,
+    BWD_KV_OUTER, BWD_QUERY_OUTER, BWD_UNION, SUM_PARTIALS, REDUCE_TILES, TILE_UNIONS,
+)  # fmt: skip

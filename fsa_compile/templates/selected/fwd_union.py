@@ -1,0 +1,110 @@
+"""Query-tile order, forward: one program per query tile and key/value head walks the union of its tokens' blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..kernel import SEQUENCES, Kernel, Output, Plan
+from ..query_tiles import LOWEST, keys_base, load_rows, place_of_tile, softmax_end, softmax_step
+from ..sequences import Rows, Sequences, run_of_tile
+from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, store_output
+from .unions import UNIONS, Unions
+from .walks import Walk, WalkSizes, candidates, grid, heuristic, inputs, key_tile, load_keys, nan_of_walk, walk_of_tile
+
+
+@triton.jit
+def _fwd_loop(
+    q, k_base, k_stride, v_base, v_stride, walk: Walk, factor, acc, row_max, row_sum, SIZES: tl.constexpr,
+    CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    for i in tl.range(0, walk.tiles, num_stages=STAGES):
+        keys, visible = key_tile(walk, i, SIZES)
+        k = load_keys(k_base, k_stride, keys, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+        scores = tl.where(visible, dot(q, tl.trans(k)), float("-inf"))  # [BLOCK_M, BLOCK_N]
+        p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, factor)
+        v = load_keys(v_base, v_stride, keys, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+        if CAREFUL:
+            v = finite_part(v)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def selected_fwd_union_tile(
+    q: Rows, k: Rows, v: Rows, unions: Unions, seqs: Sequences, scale, w, hk, head_tile, SIZES: tl.constexpr,
+    BLOCK_M: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Attention of query tile ``w``.
+
+    Returns ``(out, shift, log_sum, place)``: float32 ``[BLOCK_M, BLOCK_DV]``, ``[BLOCK_M]``, ``[BLOCK_M]``, and where
+    the rows lie.
+    """
+    run, first = run_of_tile(seqs, w, SIZES.TOKENS)
+    place = place_of_tile(run, first, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, SIZES.TOKENS, HEADS)
+    walk = walk_of_tile(unions, w, hk, run, first, place, SIZES, BLOCK_M, HEADS)
+    k_base = keys_base(k, run.b, run.first_key, hk)
+    v_base = keys_base(v, run.b, run.first_key, hk)
+    queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+    factor = scale * LOG2E
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc, row_max, row_sum = _fwd_loop(
+        queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, acc, row_max, row_sum, SIZES, False, None
+    )
+    if not all_finite(acc):  # a value that some row does not see can only do harm if it is not finite
+        row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = nan_of_walk(v_base, v.strides[1], walk, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
+        acc, row_max, row_sum = _fwd_loop(
+            queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, acc, row_max, row_sum, SIZES, True, 1
+        )
+    out, row_shift, log_sum = softmax_end(acc, row_max, row_sum, factor)
+    return out, row_shift, log_sum, place
+
+
+@triton.jit
+def selected_fwd_union_kernel(
+    q: Rows, k: Rows, v: Rows, unions: Unions, out, shift, log_sum, seqs: Sequences, scale, SIZES: tl.constexpr,
+    BLOCK_M: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    # Later queries have more to select from: they go first, and the short ones fill the end.
+    w = tl.num_programs(0) - 1 - tl.program_id(0)
+    parts = tl.cdiv(SIZES.GROUP, HEADS)
+    value, row_shift, row_log_sum, place = selected_fwd_union_tile(
+        q, k, v, unions, seqs, scale, w, tl.program_id(1) // parts, tl.program_id(1) % parts, SIZES, BLOCK_M, HEADS
+    )
+    tl.store(shift + place.n, row_shift, mask=place.exists)
+    tl.store(log_sum + place.n, row_log_sum, mask=place.exists)
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    cols, mask = columns(place.exists, SIZES.HEAD_DIM_V, BLOCK_DV)
+    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
+    store_output(out, (place.b, place.t[:, None], place.h[:, None], cols), strides, value, mask, (BLOCK_M, BLOCK_DV))
+
+
+def plan(
+    q: Any, k: Any, v: Any, blocks: Any, members: Any, counts: Any, *seqs: Any, block_size: int, tokens: int,
+    scale: float,
+) -> Plan:  # fmt: skip
+    """out ``[B, T, HQ, DV]`` and the softmax statistics shift and log_sum ``[B, T, HQ]``."""
+    sizes = WalkSizes.of_call(q, k, v, blocks, block_size, tokens)
+    statistics = Output(tuple(q.shape[:3]), torch.float32)
+    return Plan(
+        inputs(q, k, v, (blocks, members, counts), seqs, scale),
+        {"out": Output((*q.shape[:3], sizes.HEAD_DIM_V), q.dtype), "shift": statistics, "log_sum": statistics},
+        sizes,
+        (blocks.shape[0], sizes.NUM_KV_HEADS, sizes.GROUP),
+    )
+
+
+FWD_UNION = Kernel(
+    selected_fwd_union_kernel,
+    f"_selected_fwd_union(Tensor q, Tensor k, Tensor v, {UNIONS}, {SEQUENCES}, *, int block_size, int tokens, "
+    "float scale) -> (Tensor out, Tensor shift, Tensor log_sum)",
+    plan, grid, heuristic, candidates,
+)  # fmt: skip
