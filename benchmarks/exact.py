@@ -42,14 +42,18 @@ def window(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, window_size: int) -> T
     return attention(q, k, v, rows, (_keys(k) <= _at(rows)) & (_keys(k) > _at(rows) - window_size))
 
 
-def selected(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, block_indices: Tensor, block_size: int) -> Tensor:
-    """Causal attention over the blocks that `block_indices` ([1, T, HK, S]) names."""
+def selected(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, block_indices: Tensor, block_size: int, starts: Tensor | int = 0
+) -> Tensor:
+    """Causal attention over the blocks that `block_indices` ([1, T, HK, S]) names, counted from `starts` ([rows])."""
     ids = block_indices[0, rows].long()  # [rows, HK, S]
     num_blocks = -(-k.shape[1] // block_size)
     chosen = torch.zeros(*ids.shape[:2], num_blocks + 1, dtype=torch.bool, device=q.device)
     chosen = chosen.scatter(-1, ids.masked_fill(ids < 0, num_blocks), True)
-    visible = chosen[:, :, None, _keys(k) // block_size] & (_keys(k) <= _at(rows))
-    return attention(q, k, v, rows, visible)
+    position = _keys(k) - torch.as_tensor(starts, device=q.device).reshape(-1, 1)  # [rows or 1, keys]
+    block = torch.where(position < 0, num_blocks, position // block_size)[:, None]
+    there = chosen.gather(-1, block.expand(*chosen.shape[:2], -1)) & (block < num_blocks)
+    return attention(q, k, v, rows, there[:, :, None] & (_keys(k) <= _at(rows)))
 
 
 def compressed(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, rows: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:

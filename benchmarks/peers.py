@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import subprocess
 import sys
 import types
@@ -35,7 +36,7 @@ class ScalableFlashNSA:
     name = "scalable-flash-nsa"
     folder = "scalable_flash_nsa"
 
-    def __init__(self, peers: Path, seq_len: int, options: dict[str, int]) -> None:
+    def __init__(self, peers: Path, lengths: list[int], options: dict[str, int]) -> None:
         checkout = peers / self.folder
         if not checkout.exists():
             raise FileNotFoundError(f"no {checkout}")
@@ -51,7 +52,7 @@ class ScalableFlashNSA:
             window_size=options["window_size"], top_n=options["num_selected"],
             num_init_blocks=options["init_blocks"], num_local_blocks=options["local_blocks"],
         )  # fmt: skip
-        helper.init_cu_seqlens(torch.tensor([0, seq_len], dtype=torch.int32, device="cuda"))
+        helper.init_cu_seqlens(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda"))
         self.combine = importlib.import_module("flash_nsa.ops.combine").fused_sigmoid_combine
 
     def mean(self, k: Tensor) -> Tensor:
@@ -77,6 +78,11 @@ class ScalableFlashNSA:
     def ids(self, found: Tensor, num_blocks: int) -> Tensor:
         """What `select` gave as `block_indices`."""
         return found.transpose(0, 1)[None].masked_fill(found.transpose(0, 1)[None] >= num_blocks, -1)
+
+    def found(self, block_indices: Tensor, num_blocks: int) -> Tensor:
+        """The other way round."""
+        found = block_indices[0].transpose(0, 1)
+        return found.masked_fill(found < 0, num_blocks).contiguous()
 
     def whole(self, q: Tensor, k: Tensor, v: Tensor, logits: Tensor) -> Tensor:
         """NSA without a window; `logits` [T, HQ, 3] of the gates, the third so low that it shuts out its branch."""

@@ -1,17 +1,21 @@
-"""The selected branch on a GPU, index build included.
+"""The selected branch by group, block size, selection and length: every loop order, dense attention, other people's.
 
-    python -m benchmarks.selected --out benchmarks/results/selected_h200.csv
+    python -m benchmarks.selected --out benchmarks/results/selected_h100.csv --peers peers
 
-Both loop orders, eager and as Inductor templates, forward and backward; and the gates and the sum of the three
-branches after the forward, fused into the template's epilogue or left to a kernel of their own. All variants of one
-row group take turns in one run.
+Providers: a loop order ("auto" too) is the eager operator, lists and all; with "-compiled" it is Inductor's template.
+"gated" is the end of nsa_attention, three gated branches of which the selected one is computed: fused into the
+template's epilogue where it can be, or "-separate". Dense attention is given the same lengths. A result is first held
+against float64 on sampled rows. All take turns in one run. `chosen` is the order that the cost model takes, `predicted`
+its milliseconds for each. Selections: "random" and "local" (`fsa_compile.testing.inputs`), and "trace", a trained
+model's, in packed sequences of 16,384 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,134 +23,207 @@ import torch
 from torch import Tensor
 
 import fsa_compile
-from benchmarks.common import timings, write_csv
+from benchmarks import exact
+from benchmarks.cases import DENSE, Case, add_options, dense, measure, offered, sampled_rows
+from benchmarks.common import RESULTS, write_csv
+from benchmarks.peers import PEERS
 from fsa_compile import cost
 from fsa_compile.ops.problem import device_of, problem_of
 from fsa_compile.templates.selected import KERNELS
 from fsa_compile.testing.inputs import causal_block_indices
 
-ORDERS = ("fsa", "nsa")
-# Milliseconds that may not be exceeded at seq_len 65536, 4 key/value heads, head_dim 128, on an H200.
-TARGETS = {(1, "fsa"): 2.5, (4, "fsa"): 6.0, (16, "nsa"): 18.0}
+ORDERS = ("auto", *cost.LOOP_ORDERS)
+PROVIDERS = (
+    *(f"{order}{variant}" for order in ORDERS for variant in ("", "-compiled")),
+    *(f"dense-{name}" for name in DENSE),
+    *(peer.name for peer in PEERS),
+)
+DEFAULT = (*ORDERS, "auto-compiled", "dense-cudnn", "dense-flash", *(peer.name for peer in PEERS))
+TRACE_TOKENS = 16384
+_PASSES = ("forward", "backward", "step")
 
 
-def gated(order: str) -> Callable[..., Tensor]:
-    """The end of nsa_attention: three gated branches, the selected one computed here."""
+class Problem:
+    """Inputs of one cell, and the cases of every provider."""
 
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, o_cmp: Tensor, o_swa: Tensor, gates: Tensor
-    ) -> Tensor:
-        o_slc, _ = torch.ops.fsa.selected_attention(q, k, v, block_indices, loop_order=order)
-        g_cmp, g_slc, g_swa = gates.unsqueeze(-1).unbind(0)
-        return g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa
+    def __init__(
+        self, options: argparse.Namespace, seq_len: int, pattern: str, group: int, block_size: int, num_selected: int
+    ) -> None:
+        self.options, self.pattern, self.block_size, self.num_selected = options, pattern, block_size, num_selected
+        device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        heads = options.num_kv_heads
+        self.lengths = [seq_len]
+        if pattern == "trace" and seq_len > TRACE_TOKENS:
+            self.lengths = [TRACE_TOKENS] * (seq_len // TRACE_TOKENS)
+            if sum(self.lengths) != seq_len:
+                raise ValueError(f"seq_len is {seq_len}; a trace of {TRACE_TOKENS} tokens does not fill it")
+        sizes = {"num_selected": num_selected, "block_size": block_size}
+        made = causal_block_indices(self.lengths[0], heads, locality=pattern, device=device, **sizes)
+        self.blocks = made.repeat(1, len(self.lengths), 1, 1)
+        bounds = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=device)
+        self.packed = {"cu_seqlens_q": bounds} if len(self.lengths) > 1 else {}
+
+        def normal(heads: int) -> Tensor:
+            return torch.randn(1, seq_len, heads, options.head_dim, device=device, generator=generator).to(dtype)
+
+        self.q, self.k, self.v = normal(heads * group), normal(heads), normal(heads)
+        self.rows = sampled_rows(seq_len, options.rows, generator)
+        self.starts = bounds[torch.searchsorted(bounds, self.rows, right=True) - 1]
+        problem = problem_of(self.q, self.k, self.v, self.blocks, block_size)
+        self.columns = {
+            "pattern": pattern, "seq_len": seq_len, "num_sequences": len(self.lengths), "group": group,
+            "num_kv_heads": heads, "head_dim": options.head_dim, "block_size": block_size,
+            "num_selected": num_selected, "dtype": options.dtype,
+        }  # fmt: skip
+        self.choices = {
+            name: {order: cost.choose(problem, device_of(self.q), order, **how) for order in ORDERS}
+            for name, how in zip(_PASSES, ({}, {"backward": True}, {"training": True}), strict=True)
+        }
+
+    def exact(self, q: Tensor, k: Tensor, v: Tensor, _: Any, rows: Tensor) -> Tensor:
+        """Of the rows that are checked."""
+        return exact.selected(q, k, v, rows, self.blocks, self.block_size, self.starts)
+
+    def ours(self, order: str) -> Iterator[Case]:
+        """The operator in one loop order."""
+        options = {"block_size": self.block_size, "loop_order": order, **self.packed}
+
+        def selected(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
+            return fsa_compile.selected_attention(q, k, v, blocks, **options)[0]
+
+        args = (self.q, self.k, self.v, self.blocks)
+        yield Case("selected", order, selected, args, self.exact, 3, _PASSES)
+        yield Case("selected", f"{order}-compiled", _compiled(selected), args, self.exact, 3, _PASSES)
+
+    def gated(self, order: str) -> Iterator[Case]:
+        """The end of nsa_attention."""
+        options = {"block_size": self.block_size, "loop_order": order, **self.packed}
+        others = [torch.randn_like(self.q) for _ in range(2)]
+        gates = [torch.rand_like(self.q[..., 0]) for _ in range(3)]
+
+        def gated(
+            q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, o_cmp: Tensor, o_swa: Tensor, *gates: Tensor
+        ) -> Tensor:
+            o_slc = fsa_compile.selected_attention(q, k, v, blocks, **options)[0]
+            g_cmp, g_slc, g_swa = (g.unsqueeze(-1) for g in gates)
+            return g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa
+
+        def exactly(q: Tensor, k: Tensor, v: Tensor, _: Any, o_cmp: Tensor, o_swa: Tensor, *rest: Any) -> Tensor:
+            *gates, rows = rest
+            o_slc = self.exact(q, k, v, None, rows)
+            g_cmp, g_slc, g_swa = (g[:, rows, :, None] for g in gates)
+            return g_cmp * o_cmp[:, rows] + g_slc * o_slc + g_swa * o_swa[:, rows]
+
+        args = (self.q, self.k, self.v, self.blocks, *others, *gates)
+        for suffix, fuse in (("compiled", True), ("separate", False)):
+            yield Case("gated", f"{order}-{suffix}", _compiled(gated, fuse=fuse), args, exactly, 3, ("forward",))
+
+    def peer(self, make: Any) -> Iterator[Case]:
+        """Another implementation, on the same selection."""
+        names = {"kernel_size": 32, "kernel_stride": 16, "window_size": 512, "init_blocks": 1, "local_blocks": 2}
+        sizes = {"block_size": self.block_size, "num_selected": self.num_selected}
+        peer = make(self.options.peers, self.lengths, {**names, **sizes})
+        found = peer.found(self.blocks, -(-self.q.shape[1] // self.block_size))
+        args = (self.q, self.k, self.v, found)
+        yield Case("selected", peer.name, peer.selected, args, self.exact, 3, _PASSES, commit=peer.commit)
+
+    def dense(self, name: str) -> Iterator[Case]:
+        """Causal attention over one sequence; packed ones are left out."""
+        if not self.packed:
+            case = dense(name, self.q, self.k, self.v)
+            case.what = "selected"
+            yield case
+
+    def cases(self) -> Iterator[Case]:
+        """Those that were asked for and that there are."""
+        asked, whats = self.options.providers, self.options.what
+        sources: list[Callable[[], Iterator[Case]]] = []
+        for order in ORDERS:
+            sources += [lambda order=order: self.ours(order), lambda order=order: self.gated(order)]
+        sources += [lambda name=name: self.dense(name) for name in DENSE if f"dense-{name}" in asked]
+        sources += [lambda make=make: self.peer(make) for make in PEERS if make.name in asked]
+        wanted = {*asked, *(name.replace("-compiled", "-separate") for name in asked)}
+        for case in offered(sources, lambda case: case.what in whats and case.provider in wanted):
+            case.columns = self.columns
+            yield case
+
+
+def _compiled(fn: Callable[..., Tensor], fuse: bool | None = None) -> Callable[..., Tensor]:
+    """`fn` compiled; ``fuse``: with all or none of the templates' epilogues, rather than as recorded."""
+    # Dynamo keeps what it compiled by code object: the same source in another object is compiled anew.
+    fn = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    result = torch.compile(fn, fullgraph=True, dynamic=False)
+    if fuse is None:
+        return result
+
+    def run(*args: Tensor) -> Tensor:
+        recorded = {kernel: kernel.fuses_epilogue for kernel in KERNELS}
+        try:  # compiled at a call, which may be the first of its kind
+            for kernel in recorded:
+                object.__setattr__(kernel, "fuses_epilogue", fuse)
+            return result(*args)
+        finally:
+            for kernel, fuses in recorded.items():
+                object.__setattr__(kernel, "fuses_epilogue", fuses)
 
     return run
 
 
-def compiled(fn: Callable[..., Any], *args: Any, fuse: bool = True) -> Callable[[], Any]:
-    """`fn(*args)` compiled now, with or without fusing into the templates' epilogues."""
-    # Dynamo keeps what it compiled by code object: the same source in another object is compiled anew.
-    fn = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    recorded = {kernel: kernel.fuses_epilogue for kernel in KERNELS}
-    try:
-        for kernel in recorded:
-            object.__setattr__(kernel, "fuses_epilogue", fuse)
-        result = torch.compile(fn, fullgraph=True, dynamic=False)
-        with torch.no_grad():
-            result(*args)
-    finally:
-        for kernel, fuses in recorded.items():
-            object.__setattr__(kernel, "fuses_epilogue", fuses)
-    return lambda: result(*args)
+def table(rows: list[dict[str, Any]]) -> str:
+    """Medians by provider, a line for each cell and pass."""
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    names = ("pattern", "seq_len", "block_size", "num_selected", "group", "what", "pass")
+    cells = {(tuple(row[n] for n in names), row["provider"]): row["p50_ms"] for row in rows}
+    chosen = {tuple(row[n] for n in names): row["chosen"] for row in rows}
+    lines = [f"{'ms':<50} {'chosen':>6} " + " ".join(f"{p[:14]:>14}" for p in providers)]
+    for key in dict.fromkeys(key for key, _ in cells):
+        values = (cells.get((key, p), "-") for p in providers)
+        lines.append(f"{' '.join(map(str, key)):<50} {chosen[key]:>6} " + " ".join(f"{x:>14}" for x in values))
+    return "\n".join(lines)
 
 
-def forward(order: str) -> Callable[..., Any]:
-    """A function of its own for each order, as dynamo compiles functions."""
-    return lambda *args: torch.ops.fsa.selected_attention_forward(*args, loop_order=order)
+def _blocks(text: str) -> tuple[int, int]:
+    block_size, num_selected = map(int, text.split("x"))
+    return block_size, num_selected
 
 
-def backward(order: str) -> Callable[..., Any]:
-    return lambda grad_out, *args: torch.ops.fsa.selected_attention_backward(grad_out, None, *args, loop_order=order)
-
-
-def main() -> None:
-    """Measure, print a table, write the CSV."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write the CSV, print a table; 1 if something of this package failed or was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--seq-len", type=int, default=65536)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[65536])
+    parser.add_argument("--blocks", type=_blocks, nargs="+", default=[(64, 16)], metavar="SIZExSELECTED")
+    parser.add_argument("--patterns", nargs="+", choices=("random", "local", "trace"), default=("random", "trace"))
     parser.add_argument("--num-kv-heads", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--localities", nargs="+", default=["random", "local"], help="of random, local, trace (16384)")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--eager-only", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    parser.add_argument("--what", nargs="+", choices=("selected", "gated"), default=("selected",))
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=DEFAULT)
+    parser.add_argument("--out", type=Path, default=RESULTS / "selected.csv")
+    add_options(parser)
+    options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
-    for locality in options.localities:
-        block_indices = causal_block_indices(options.seq_len, options.num_kv_heads, locality=locality)
-        for group in options.groups:
-            torch._dynamo.reset()
-            rows += one(options, group, locality, block_indices)
-            write_csv(options.out, rows, torch.device("cuda"))
+    failed = False
+    cells = itertools.product(options.lengths, options.patterns, options.blocks, options.groups)
+    for seq_len, pattern, (block_size, num_selected), group in cells:
+        if pattern == "trace" and (block_size, num_selected) != (64, 16):
+            continue  # nobody recorded one
+        torch._dynamo.reset()
+        problem = Problem(options, seq_len, pattern, group, block_size, num_selected)
+        label = f"{seq_len} {pattern} {block_size}x{num_selected} G={group}"
+        found, bad = measure(problem.cases(), problem.rows, options, label)
+        for row in found:
+            order, choices = row["provider"].split("-")[0], problem.choices[row["pass"]]
+            row["chosen"] = choices["auto"].order
+            known = choices[order].costs[choices[order].order] * 1e3 if order in ORDERS else None
+            row["predicted_ms"] = "" if known is None or row["what"] != "selected" else f"{known:.4f}"
+        rows, failed = rows + found, failed or bad
+        write_csv(options.out, rows, torch.device(options.device))
+        if options.device == "cuda":
             torch.cuda.empty_cache()
-    for row in rows:
-        print(
-            " ".join(
-                f"{row[key]!s:>9}"
-                for key in ("locality", "group", "what", "order", "variant", "ms", "chosen", "target")
-            )
-        )
-
-
-def one(options: argparse.Namespace, group: int, locality: str, block_indices: Tensor) -> list[dict[str, Any]]:
-    """All variants of one problem."""
-    torch.manual_seed(0)
-    like: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-    q = torch.randn(1, options.seq_len, options.num_kv_heads * group, options.head_dim, **like)
-    k, v = (torch.randn(1, options.seq_len, options.num_kv_heads, options.head_dim, **like) for _ in range(2))
-    args = (q, k, v, block_indices)
-    out, shift, log_sum = torch.ops.fsa.selected_attention_forward(*args)
-    grad_out = torch.randn_like(out)
-    branches = (torch.randn_like(out), torch.randn_like(out), torch.rand(3, *q.shape[:3], **like))
-    problem = problem_of(q, k, v, block_indices, 64)
-    runs: dict[tuple[str, str, str], Callable[[], Any]] = {}
-    for order in ORDERS:
-        back = (grad_out, *args, out, shift, log_sum)
-        runs["forward", order, "eager"] = lambda order=order: forward(order)(*args)
-        runs["backward", order, "eager"] = lambda order=order, back=back: backward(order)(*back)
-        if options.eager_only:
-            continue
-        runs["forward", order, "template"] = compiled(forward(order), *args)
-        runs["backward", order, "template"] = compiled(backward(order), *back)
-        runs["gated", order, "fused"] = compiled(gated(order), *args, *branches)
-        runs["gated", order, "separate"] = compiled(gated(order), *args, *branches, fuse=False)
-    with torch.no_grad():
-        times = timings(runs, rounds=options.rounds)
-    chosen = {
-        "forward": cost.choose(problem, device_of(q)),
-        "backward": cost.choose(problem, device_of(q), backward=True),
-    }
-    return [
-        {
-            "locality": locality,
-            "group": group,
-            "seq_len": options.seq_len,
-            "num_kv_heads": options.num_kv_heads,
-            "head_dim": options.head_dim,
-            "what": what,
-            "order": order,
-            "variant": variant,
-            "ms": round(ms.p50, 3),
-            **ms.columns(),
-            "predicted_ms": round(chosen[what].costs[order] * 1e3, 3) if what in chosen else "",
-            "chosen": chosen[what].order if what in chosen else "",
-            "target": TARGETS.get((group, order), "") if (what, variant) == ("forward", "eager") else "",
-        }
-        for (what, order, variant), ms in times.items()
-    ]
+    print(table(rows))
+    print(f"written to {options.out}")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    assert fsa_compile.is_enabled()
-    torch._inductor.config.force_disable_caches = True  # type: ignore[attr-defined]
-    main()
+    raise SystemExit(main())

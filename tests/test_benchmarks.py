@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import fsa_compile  # noqa: E402
-from benchmarks import common, exact, whole  # noqa: E402
+from benchmarks import common, exact, selected, whole  # noqa: E402
 from fsa_compile.ops import reference  # noqa: E402
 from fsa_compile.testing.inputs import causal_block_indices  # noqa: E402
 
@@ -62,6 +62,30 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     arguments = [*_SMALL, *_PROVIDERS, "--lengths", "1100", "--stages", "mean", "window", "--out", str(out)]
     assert whole.main(arguments) == 1
     assert {row["what"] for row in rows_of(out)} == {"mean"}
+
+
+def test_selected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every order and dense attention, on one sequence and on packed ones."""
+    monkeypatch.setattr(selected, "TRACE_TOKENS", 128)
+    out = tmp_path / "selected.csv"
+    small = [*_SMALL[:4], "--head-dim", "16", "--rounds", "2", "--num-kv-heads", "2", "--groups", "2"]
+    arguments = [*small, "--lengths", "384", "--providers", *selected.ORDERS, "dense-math", "--out", str(out)]
+    assert selected.main(arguments) == 0
+    rows = rows_of(out)
+    assert {(row["pattern"], row["num_sequences"]) for row in rows} == {("random", "1"), ("trace", "3")}
+    assert {row["provider"] for row in rows if row["pattern"] == "random"} == {*selected.ORDERS, "dense-math"}
+    assert {row["provider"] for row in rows if row["pattern"] == "trace"} == {*selected.ORDERS}
+    assert {row["pass"] for row in rows} == {"forward", "backward", "step"}
+    assert all(float(row["error"]) < 1e-4 for row in rows)
+    assert {row["chosen"] for row in rows} == {"fsa"}
+
+
+def test_gates_after_the_selected_branch(tmp_path: Path) -> None:
+    out = tmp_path / "selected.csv"
+    small = [*_SMALL[:4], "--head-dim", "16", "--rounds", "2", "--num-kv-heads", "2", "--groups", "2"]
+    arguments = [*small, "--lengths", "200", "--patterns", "local", "--what", "gated", "--providers", "fsa-compiled"]
+    assert selected.main([*arguments, "--out", str(out)]) == 0
+    assert {row["provider"] for row in rows_of(out)} == {"fsa-compiled", "fsa-separate"}
 
 
 def test_pictures_come_from_the_rows(measured: Path, tmp_path: Path) -> None:
