@@ -15,7 +15,8 @@ TESTS = Path(__file__).parent
 # Which tests of which file; nothing is left out, and no process takes long.
 PARTS = [
     ("test_kernels.py", "fsa"),
-    ("test_kernels.py", "not fsa"),
+    ("test_kernels.py", "nsa"),
+    ("test_kernels.py", "not fsa and not nsa"),
     ("test_banded_kernels.py", ""),
     ("test_compression_kernels.py", ""),
     ("test_selection_kernels.py", ""),
