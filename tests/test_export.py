@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,3 +64,32 @@ def test_decode(device: str, model: type[torch.nn.Module]) -> None:
         q, _, _, g = arguments(seq_len, 0, device)
         _, k, v, _ = arguments(seq_len + extra, 0, device)
         torch.testing.assert_close(program(q, k, v, g), model()(q, k, v, g))
+
+
+class Packed(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return fsa_compile.nsa_attention(q, k, v, g, g, g, window_size=20, cu_seqlens_q=cu_seqlens, **OPTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_ahead_of_time(packed: bool, device: str, tmp_path: Path) -> None:
+    """AOTInductor's package answers as the model does, at lengths that it has not seen."""
+    model = Packed() if packed else Whole()
+
+    def given(seq_len: int) -> tuple[Tensor, ...]:
+        inputs = arguments(seq_len, 0, device)
+        if not packed:
+            return inputs
+        bounds = torch.tensor([0, seq_len // 3, seq_len], dtype=torch.int32, device=device)
+        return *(x[:1] for x in inputs), bounds
+
+    length = Dim("T", min=2, max=4096)
+    shapes = ({1: length},) * 4 + ((None,) if packed else ())
+    with torch.no_grad():
+        exported = export(model, given(64), dynamic_shapes=shapes)
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+        compiled = torch._inductor.aoti_load_package(path)
+        for seq_len in (64, 20, 333):
+            inputs = given(seq_len)
+            torch.testing.assert_close(compiled(*inputs), model(*inputs))

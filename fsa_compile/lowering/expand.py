@@ -39,6 +39,8 @@ def expand_graph(graph: fx.Graph) -> None:
     """Replace the semantic operators of ``graph`` that run on CUDA."""
     rules = _rules()
     nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in rules]
+    for node in nodes:
+        _spell_out(node)
     if not nodes:
         return
     expansion = _Expansion(graph, rules)
@@ -80,6 +82,17 @@ def _bound(node: fx.Node) -> dict[str, Any]:
 def _identity(rule: Rule, bound: dict[str, Any]) -> tuple[Any, ...]:
     """What a forward and its backward have in common."""
     return (rule.op.rsplit("_", 1)[0], *(bound.get(name) for name in rule.shared))
+
+
+def _spell_out(node: fx.Node) -> None:
+    """Give a call the numbers that it leaves to their defaults.
+
+    Tracing drops a keyword that has its default's value, and up to torch 2.13 AOTInductor miscounts the integers of a
+    call that lacks one (pytorch/pytorch#194261).
+    """
+    schema = node.target._schema  # type: ignore[union-attr]
+    defaults = {a.name: a.default_value for a in schema.arguments if a.kwarg_only and isinstance(a.default_value, int)}
+    node.kwargs = {**defaults, **node.kwargs}
 
 
 def _value(x: Any) -> Any:
