@@ -389,7 +389,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         heads = self.attend(x)
-        return self.out(heads.flatten(-2)), heads
+        return self.out(heads.flatten(-2)), heads.detach()
 
 
 def parallel(use_local_output: bool) -> Attention:
@@ -401,12 +401,13 @@ def parallel(use_local_output: bool) -> Attention:
 def trained(model: Attention, x: Tensor, compiled: bool) -> tuple[Tensor, Tensor, list[Tensor], dict[Any, int]]:
     """Output, the attention's, gradients, and how many collectives of each kind it took."""
     torch._dynamo.reset()
+    x = x.detach().requires_grad_()
     step = torch.compile(model, fullgraph=True) if compiled else model
     with CommDebugMode() if not compiled else contextlib.nullcontext() as seen:
         out, heads = step(x)
         out.square().sum().backward()
     counts = dict(seen.get_comm_counts()) if seen is not None else {}
-    return out.detach(), heads.detach(), [whole(p.grad) for p in model.parameters()], counts  # type: ignore[arg-type]
+    return out.detach(), heads.detach(), [whole(p.grad) for p in (x, *model.parameters())], counts  # type: ignore[arg-type]
 
 
 def case_parallelized(compiled: bool) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -63,7 +63,8 @@ class Plan:
                 return x
             x = DTensor.from_local(x, self.mesh, replicated, run_check=False)
         if x.placements != want:
-            x = x.redistribute(self.mesh, want)
+            # torch 2.11 has no rule for the `detach_` that autograd would do here
+            x = cast(DTensor, x.detach()).redistribute(self.mesh, want)
         return x.to_local()
 
     def whole(self, part: Tensor, layout: tuple[str, ...], shape: tuple[int, ...]) -> DTensor:
