@@ -12,9 +12,9 @@ import torch
 _PLAIN = """
 import sys, time
 import torch
-start = time.perf_counter()
+start = time.process_time()
 import fsa_compile
-taken = time.perf_counter() - start
+taken = time.process_time() - start
 assert fsa_compile.is_enabled()
 for name in ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy"):
     assert name not in sys.modules, f"{name} was imported"
@@ -74,7 +74,7 @@ def run(code: str) -> str:
 
 
 def test_a_process_that_never_compiles_imports_no_compiler() -> None:
-    assert float(run(_PLAIN)) < 2.0  # 0.25 s by itself on two cores; this machine is not by itself
+    assert float(run(_PLAIN)) < 1.0  # of a core: about 0.4 s, whatever else the machine does
 
 
 def test_the_pass_is_there_when_the_compiler_is() -> None:
