@@ -13,6 +13,8 @@ Conventions shared by all of them:
 - Padded batches and caches: `seqused_k` and `leftpad_k`, int32 `[batch]`, say that the keys of batch row `b` are rows
   `leftpad_k[b]` to `seqused_k[b] - 1`. Positions, blocks and windows count from `leftpad_k[b]`, and the queries are the
   last of those positions. Other rows are never read and have no gradient. Not together with `cu_seqlens`.
+- DTensors may be sharded along the batch or the heads, all alike, and are computed with part by part;
+  `docs/semantics.md` has the conditions.
 - Empty batches and lengths give empty results.
 - `scale` multiplies the logits; None means `head_dim ** -0.5`.
 - `lse` is the natural log-sum-exp of a row's logits, float32. A row that sees no key has output 0 and lse -inf.

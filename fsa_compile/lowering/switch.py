@@ -6,12 +6,9 @@ imports the compiler. Not at the import of its configuration, which happens in t
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
 import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+
+from ..on_import import when_imported
 
 __all__ = ["disable", "enable", "is_enabled", "is_switched_on"]
 
@@ -36,7 +33,7 @@ def enable() -> None:
     if _INSTALL in sys.modules:
         _install()
     else:
-        _when_imported(_COMPILER, _install)
+        when_imported(_COMPILER, _install)
 
 
 def disable() -> None:
@@ -66,43 +63,3 @@ def _install() -> None:
         from . import install
 
         install.install()
-
-
-def _when_imported(name: str, then: Callable[[], None]) -> None:
-    """Call ``then`` now if the module is imported, else as soon as it is."""
-    module = sys.modules.get(name)
-    if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
-        then()
-    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(name, then))
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing by itself: it lets the others find one module and calls back when that has been executed."""
-
-    def __init__(self, name: str, then: Callable[[], None]) -> None:
-        self.name, self.then = name, then
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if fullname != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.then)
-        return spec
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: Any, then: Callable[[], None]) -> None:
-        self.loader, self.then = loader, then
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def create_module(self, spec: Any) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        self.then()

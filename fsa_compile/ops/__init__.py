@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 
+from ..on_import import when_imported
 from . import autograd as autograd
 from . import composite as composite
 from . import schema as schema
@@ -21,3 +22,4 @@ if find_spec("triton") is not None:  # where there is no Triton (macOS), the CPU
         import_module(f".{_stage}.{'orders' if _stage == 'selected' else 'cuda'}", __name__)
 
 import_module(".fallback", __name__)  # last: what no kernel has taken
+when_imported("torch.distributed.tensor", lambda: import_module(".dtensor", __name__))

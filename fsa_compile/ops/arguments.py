@@ -34,6 +34,8 @@ ROWS = ("batch", "seq_len", "num_q_heads")
 BLOCKS = ("batch", "seq_len", "num_kv_heads", "num_selected")
 X = ("batch", "seq_len", "num_kv_heads", "head_dim")
 X_CMP = ("batch", "num_compressed", "num_kv_heads", "head_dim")
+BOUNDS = ("num_seqs + 1",)
+LENGTHS = ("batch",)
 
 
 def _true(condition: Any) -> bool:
@@ -167,7 +169,7 @@ class Call:
     def cu_seqlens(self, name: str, cu_seqlens: Tensor | None) -> None:
         if cu_seqlens is None:
             return
-        self.typed(name, cu_seqlens, ("num_seqs + 1",), torch.int32)
+        self.typed(name, cu_seqlens, BOUNDS, torch.int32)
         if _true(self.dims["num_seqs + 1"] < 2):
             raise self.fail(
                 f"{name} has shape {tuple(cu_seqlens.shape)}, but it should be [num_seqs + 1] with num_seqs >= 1"
@@ -183,7 +185,7 @@ class Call:
         for name, tensor in lengths.items():
             if tensor is None:
                 continue
-            self.typed(name, tensor, ("batch",), torch.int32)
+            self.typed(name, tensor, LENGTHS, torch.int32)
             if cu_seqlens is not None:
                 raise self.fail(
                     f"{name} is given with {packed_by}, but it is for padded batches; "

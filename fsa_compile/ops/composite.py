@@ -8,6 +8,7 @@ can fuse into their neighbours or leave out.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,6 +76,10 @@ def _nsa_attention(
     layout: Layout,
 ) -> Tensor:  # fmt: skip
     refuse_tangents("nsa_attention", q, k, v, g_cmp, g_slc, g_swa, options.k_cmp, options.v_cmp)
+    dtensor = sys.modules.get(f"{__package__}.dtensor")
+    if dtensor is not None:  # errors name the arguments of the whole
+        given = {"q": q, "k": k, "v": v, "g_cmp": g_cmp, "g_slc": g_slc, "g_swa": g_swa}
+        dtensor.plan("nsa_attention", given | options._asdict() | layout._asdict())
     k_cmp, v_cmp, block_indices = options[:3]
     lies: dict[str, Any] = {"scale": options.scale, **layout._asdict()}
     windows: dict[str, Any] = {"kernel_size": options.kernel_size, "kernel_stride": options.kernel_stride}

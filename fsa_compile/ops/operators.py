@@ -8,6 +8,7 @@ pays for nothing but them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import arguments, options
-from .arguments import BLOCKS, K_CMP, OUT, ROWS, V_CMP, X_CMP, K, Q, V, X
+from .arguments import BLOCKS, BOUNDS, K_CMP, LENGTHS, OUT, ROWS, V_CMP, X_CMP, K, Q, V, X
 
 __all__ = ["ATTENTION_OPS", "BACKWARD_OPS", "OPERATORS", "SEMANTIC_OPS", "TENSORS", "Operator", "Tensor"]
 
@@ -42,6 +43,10 @@ TENSORS: dict[str, Tensor] = {
     "grad_out": Tensor(OUT), "grad_log_sum": Tensor(ROWS, torch.float32),
     "dq": Tensor(Q), "dk": Tensor(K), "dv": Tensor(V), "dk_cmp": Tensor(K_CMP), "dv_cmp": Tensor(V_CMP),
     "dx": Tensor(X),
+    "cu_seqlens": Tensor(BOUNDS, torch.int32), "cu_seqlens_q": Tensor(BOUNDS, torch.int32),
+    "cu_seqlens_k": Tensor(BOUNDS, torch.int32), "seqused": Tensor(LENGTHS, torch.int32),
+    "leftpad": Tensor(LENGTHS, torch.int32), "seqused_k": Tensor(LENGTHS, torch.int32),
+    "leftpad_k": Tensor(LENGTHS, torch.int32),
 }  # fmt: skip
 OPTIONS: dict[str, tuple[str, Any]] = {  # type in the schema, default
     "block_size": ("int", 64), "num_selected": ("int", 16), "kernel_size": ("int", 32), "kernel_stride": ("int", 16),
@@ -118,6 +123,17 @@ class Operator:
     @property
     def arguments(self) -> tuple[str, ...]:
         return (*self.inputs, *self.options)
+
+    @property
+    def is_composite(self) -> bool:
+        """Whether it is made of others, and has no implementation, autograd and fake kernel of its own."""
+        return self.bundle is None or self.name == "nsa_attention"
+
+    @functools.cached_property
+    def layouts(self) -> dict[str, tuple[str, ...]]:
+        """What the dimensions of each tensor are, keywords included."""
+        keywords = {name: TENSORS[name] for name in self.options if name in TENSORS}
+        return {name: tensor.layout for name, tensor in (self.tensors | keywords).items()}
 
     # ------------------------------------------------------------------------------------------------- generated code
 

@@ -54,5 +54,5 @@ def fake(name: str, fn: Callable[..., Any]) -> None:
 
 for _op in OPERATORS.values():
     define(_op.schema)
-    if _op.bundle is not None and _op.name != "nsa_attention":
+    if not _op.is_composite:
         fake(_op.name, _op.fake())

@@ -72,7 +72,7 @@ def _refuse_nested(op: Operator) -> Callable[..., Any]:
 
 
 for _op in OPERATORS.values():
-    if _op.bundle is not None and _op.name != "nsa_attention":  # the others are made of these
+    if not _op.is_composite:
         LIB.impl(_op.name, _batching_rule(_op), "FuncTorchBatched")
     for _key in ("AutogradNestedTensor", "NestedTensorCPU", "NestedTensorCUDA"):
         LIB.impl(_op.name, _refuse_nested(_op), _key)

@@ -30,11 +30,22 @@ def mean_compress(x: Tensor, options: Compression, layout: Layout) -> Tensor:
     overlap = kernel_size // kernel_stride
     if count == 0:
         return x.new_empty(batch, 0, heads, head_dim)
-    steps = x[:, : (count + overlap - 1) * kernel_stride].unflatten(1, (-1, kernel_stride)).sum(2, dtype=torch.float32)
+    steps = _added(x[:, : (count + overlap - 1) * kernel_stride].unflatten(1, (-1, kernel_stride)))
     total = steps[:, :count]
     for shift in range(1, overlap):
         total = total + steps[:, shift : shift + count]
     return (total / kernel_size).to(x.dtype).contiguous()
+
+
+def _added(x: Tensor) -> Tensor:
+    """The sum over dimension 2 in float32. By halves, as the order in which `sum` adds depends on how many heads there
+    are: of some of the heads it should be the same bits, on a device that has no others.
+    """
+    while (rows := x.shape[2]) > 1:
+        half = rows // 2
+        added = x[:, :, :half].to(torch.float32) + x[:, :, half : 2 * half].to(torch.float32)
+        x = torch.cat([added, x[:, :, 2 * half :]], 2) if rows % 2 else added
+    return x[:, :, 0].to(torch.float32)
 
 
 def _gathered(x: Tensor, start: Tensor, inside: Tensor, kernel_size: int) -> Tensor:
@@ -50,7 +61,7 @@ def _gathered(x: Tensor, start: Tensor, inside: Tensor, kernel_size: int) -> Ten
         rows = slice(first, first + step)
         hidden = ~inside[:, rows, None]
         token = (start[:, rows, None] + offset).masked_fill(hidden, 0)
-        part = x[at, token].sum(2, dtype=torch.float32) / kernel_size
+        part = _added(x[at, token]) / kernel_size
         out[:, rows] = part.masked_fill(hidden[..., None], 0).to(x.dtype)
     return out
 
