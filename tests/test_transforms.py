@@ -192,6 +192,8 @@ def test_nested_tensors_are_refused(name: str) -> None:
         call_it(*inputs)
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         call_it(*inputs)
+    with torch.inference_mode(), pytest.raises(ValueError, match=message):
+        call_it(*inputs)
     torch._dynamo.reset()
     with pytest.raises(Exception, match=message):
         torch.compile(call_it)(*inputs)

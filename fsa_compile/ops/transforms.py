@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.nested._internal.nested_tensor import NestedTensor
 
 from .operators import OPERATORS, Operator
 from .schema import LIB
@@ -76,3 +77,10 @@ for _op in OPERATORS.values():
         LIB.impl(_op.name, _batching_rule(_op), "FuncTorchBatched")
     for _key in ("AutogradNestedTensor", "NestedTensorCPU", "NestedTensorCUDA"):
         LIB.impl(_op.name, _refuse_nested(_op), _key)
+    _refuse = _refuse_nested(_op)
+    torch.library.register_torch_dispatch(  # in inference mode, which skips those keys
+        f"fsa::{_op.name}",
+        NestedTensor,
+        lambda cls, func, types, args, kwargs, refuse=_refuse: refuse(*args, **kwargs or {}),
+        lib=LIB,
+    )
