@@ -18,6 +18,7 @@ import torch
 
 import fsa_compile
 from benchmarks.common import measure, write_csv
+from fsa_compile import cost
 from fsa_compile.templates.kernel import Kernel, Plan, device_of
 from fsa_compile.testing.launches import Launches
 from fsa_compile.tiling import Config, key, tuned_file
@@ -58,7 +59,7 @@ def main() -> None:
     """Tune, print the best three of each kernel, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--orders", nargs="+", default=["fsa", "nsa"])
+    parser.add_argument("--orders", nargs="+", default=list(cost.LOOP_ORDERS))
     parser.add_argument("--kernels", nargs="+", help="names, all by default")
     parser.add_argument("--seq-len", type=int, default=65536)
     parser.add_argument("--num-kv-heads", type=int, default=4)
