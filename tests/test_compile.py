@@ -200,7 +200,7 @@ def test_a_pass_that_came_later_runs_too() -> None:
 
 def test_a_list_is_extended() -> None:
     if not _inductor.slot_takes_sequence():
-        pytest.skip("this torch has one pass in the slot")
+        pytest.skip("before torch 2.13 the slot holds one pass, never a list")
     first, second = Other("a"), Other("b")
     put([first, second])
     fsa_compile.enable()
