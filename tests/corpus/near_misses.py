@@ -1,0 +1,1 @@
+"""Programs that look like selected attention and are not, or not provably."""
