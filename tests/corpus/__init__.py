@@ -1,8 +1,8 @@
 """Block-selected attention as people write it by hand, and what looks like it and is not.
 
 A program takes `q, k, v, ids` in its layout: "bhtd" q (batch, num_q_heads, seq_len, head_dim), k and v likewise with
-num_kv_heads, ids (batch, num_kv_heads, seq_len, num_selected) int64; "bthd" with seq_len before the heads. `BLOCK` tokens
-are a block. `ids` may repeat; with `padded` there are -1 among them.
+num_kv_heads, ids (batch, num_kv_heads, seq_len, num_selected) int64; "bthd" with seq_len before the heads. `BLOCK`
+tokens are a block. `ids` may repeat; with `padded` there are -1 among them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def near_miss(reason: str, **options: Any) -> Callable[[Attention], Attention]:
 
 
 def make_inputs(program: Program, length: int, *, batch: int = 2, requires_grad: bool, seed: int = 0) -> list[Tensor]:
-    """Random inputs; ids in order of nothing, with repetitions, some of the future; some rows without their own block."""
+    """Random inputs; ids in no order, with repetitions, some of the future; some rows without their own block."""
     g = torch.Generator().manual_seed(seed)
     heads_k, dim, slots = 2, 16, 3
     heads = heads_k * program.group

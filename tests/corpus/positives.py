@@ -67,7 +67,7 @@ def sdpa_bthd_compare(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-@positive()
+@positive(static_only=True)
 def sdpa_one_hot(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     t = q.shape[-2]
     chosen = F.one_hot(ids, blocks_of(t)).any(dim=-2)
@@ -76,7 +76,7 @@ def sdpa_one_hot(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask.repeat_interleave(g, 1), enable_gqa=True)
 
 
-@positive()
+@positive(static_only=True)
 def sdpa_one_hot_sum(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     t = q.shape[-2]
     chosen = F.one_hot(ids, num_classes=blocks_of(t)).sum(-2) > 0
@@ -207,7 +207,7 @@ def softmax_grouped(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
 
 @positive()
 def softmax_grouped_matmul(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-    b, h, t, d = q.shape
+    h, t, d = q.shape[1:]
     hk = k.shape[1]
     q5 = q.unflatten(1, (hk, h // hk))
     pos = torch.arange(t)
@@ -279,3 +279,37 @@ def softmax_packed_qkv(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     scores = torch.einsum("bikgd,bjkd->bikgj", q, k) * d**-0.5
     scores = scores.masked_fill(~mask[:, :, :, None], float("-inf"))
     return torch.einsum("bikgj,bjkd->bikgd", scores.softmax(-1), v).reshape(b, t, h, d)
+
+
+# ---- what must keep its gradients ----
+
+
+@positive()
+def keys_without_gradient(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    t, g = q.shape[-2], q.shape[1] // k.shape[1]
+    with torch.no_grad():
+        chosen = torch.zeros(*ids.shape[:-1], blocks_of(t), dtype=torch.bool).scatter(-1, ids, True)
+        mask = (chosen.repeat_interleave(BLOCK, -1)[..., :t] & causal(t)).repeat_interleave(g, 1)
+        frozen_k, frozen_v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
+    out = F.scaled_dot_product_attention(q, frozen_k, frozen_v, mask)
+    return out + 0.1 * k.sum() + 0.1 * v.sum()
+
+
+@positive()
+def scores_halved_in_the_softmax(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    """Rotary-like operands, a scale in three places."""
+    b, hk, t, d = k.shape
+    g = q.shape[1] // hk
+    angle = torch.outer(torch.arange(t).float(), 1.0 / torch.arange(1, d // 2 + 1))
+    cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
+
+    def rotated(x: Tensor) -> Tensor:
+        return x * cos + torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1) * sin
+
+    q, k = rotated(q) * 0.5, rotated(k)
+    chosen = torch.zeros(b, hk, t, blocks_of(t), dtype=torch.bool).scatter(-1, ids, True)
+    mask = (chosen.repeat_interleave(BLOCK, -1)[..., :t] & causal(t)).repeat_interleave(g, 1)
+    k, v = (x[:, :, None].expand(b, hk, g, t, d).reshape(b, hk * g, t, d) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2)) / d**0.5
+    scores = torch.where(mask, scores, torch.tensor(float("-inf")))
+    return torch.softmax(scores * 0.7, dim=-1) @ v

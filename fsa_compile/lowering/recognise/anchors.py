@@ -14,7 +14,7 @@ from torch import fx
 
 from ..sites import Site, report
 from ..where import where_of
-from . import values as _values  # its rules register themselves
+from . import lookups, values  # their rules register themselves
 from .build import Builder
 from .evaluate import Evaluator, NotUnderstood
 from .prove import prove
@@ -25,14 +25,14 @@ from .scores import Pieces, of_call, of_term
 __all__ = ["recognise_graph"]
 
 log = logging.getLogger(__name__)
-assert _values is not None
+assert lookups, values
 
 _CALL = "scaled_dot_product_attention"
 _SOFTMAX = "softmax, then matmul"
 _PRODUCTS = frozenset(("matmul", "bmm", "einsum", "__matmul__", "baddbmm"))
 _BETWEEN = frozenset(
-    "to type type_as float half bfloat16 double dropout view reshape unflatten flatten permute transpose expand contiguous "
-    "unsqueeze squeeze clone nan_to_num masked_fill where mul getitem".split()
+    "to type type_as float half bfloat16 double dropout view reshape unflatten flatten permute transpose expand "
+    "contiguous unsqueeze squeeze clone nan_to_num masked_fill where mul getitem".split()
 )
 _HOPS = 6
 

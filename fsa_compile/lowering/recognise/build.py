@@ -44,7 +44,8 @@ class Builder:
             node = self.graph.call_function(target, args, kwargs)
         self.made.append(node)
         node.meta.update({name: self.anchor.meta[name] for name in _KEPT_META if name in self.anchor.meta})
-        values, options = (fx.node.map_arg(x, self.fake) for x in (args, kwargs))
+        values: Any = fx.node.map_arg(args, self.fake)
+        options: Any = fx.node.map_arg(kwargs, self.fake)
         with _autocast(self.region.autocast), self.fake_mode, torch.no_grad():
             node.meta["example_value"] = target(*values, **options)
         return node
@@ -64,6 +65,8 @@ class Builder:
         if node not in self.inlined:
             if node.op != "call_function":
                 raise NotUnderstood("it holds a constant tensor")
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                raise NotUnderstood("one of its operands is random")
             args, kwargs = (fx.node.map_arg(x, self.inline) for x in (node.args, node.kwargs))
             self.inlined[node] = self.make(node.target, *args, **kwargs)  # type: ignore[arg-type]
         return self.inlined[node]

@@ -1,4 +1,4 @@
-"""What an ATen node's element at an index is, as a term: Inductor's loaders would say it in code, this says it in facts.
+"""What an ATen node's element at an index is, as a term.
 
 Nodes that only move elements are looked through; of the others, those that masks and scores are made of have a rule in
 `values`. Everything else is opaque: `At(node, index)`.
@@ -14,15 +14,15 @@ import sympy
 import torch
 from torch import fx
 
-from .index import Mod, Poly, Size, Var, Div, is_nonneg
-from .terms import At, Term
+from .index import Poly, Size, Var, is_nonneg
+from .terms import At, Const, Int, Term
 
-__all__ = ["MOVES", "VALUES", "Evaluator", "Index", "NotUnderstood", "move", "value"]
+__all__ = ["MOVES", "VALUES", "Evaluator", "Index", "NotUnderstood", "axis_of", "move", "value", "with_axis"]
 
 Index = tuple[Poly, ...]
 Move = Callable[..., "tuple[fx.Node, Index]"]
 MOVES: dict[str, Move] = {}  # "aten.view.default": index of the result -> (argument, index in it)
-VALUES: dict[str, Callable[..., Term]] = {}
+VALUES: dict[str, Callable[..., Term | None]] = {}
 _MOST_STEPS = 20_000
 
 
@@ -32,12 +32,12 @@ class NotUnderstood(Exception):
 
 def move(*names: str) -> Callable[[Move], Move]:
     """Register how operators move elements."""
-    return lambda fn: [MOVES.__setitem__(f"aten.{name}", fn) for name in names] and fn
+    return lambda fn: MOVES.update(dict.fromkeys([f"aten.{name}" for name in names], fn)) or fn
 
 
-def value(*names: str) -> Callable[[Callable[..., Term]], Callable[..., Term]]:
-    """Register what operators compute."""
-    return lambda fn: [VALUES.__setitem__(f"aten.{name}", fn) for name in names] and fn
+def value(*names: str) -> Callable[[Callable[..., Term | None]], Callable[..., Term | None]]:
+    """Register what operators compute. A rule gives None where it does not say."""
+    return lambda fn: VALUES.update(dict.fromkeys([f"aten.{name}" for name in names], fn)) or fn
 
 
 class Evaluator:
@@ -67,6 +67,12 @@ class Evaluator:
     def _value(self, node: fx.Node, index: Index) -> Term:
         assert len(index) == len(self.shape(node)), (node, index)
         name = str(node.target)
+        if node.op == "get_attr":
+            held = getattr(node.graph.owning_module, name)
+            held = getattr(held, "constant", held)  # what a fake tensor of one number knows of it
+            if type(held) is torch.Tensor and held.numel() == 1:
+                number = held.item()
+                return Int(Poly.of(number)) if type(number) is int else Const(number)
         if name in MOVES:
             return self.value(*MOVES[name](self, index, *node.args, **node.kwargs))
         if name in VALUES:
@@ -127,8 +133,6 @@ class Evaluator:
 
     def operand(self, x: Any, index: Index) -> Term:
         """The value of a broadcast operand, which may be a number."""
-        from .terms import Const, Int
-
         if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor):
             return self.value(x, self.aligned(x, index))
         if isinstance(x, (fx.Node, torch.SymInt)):
@@ -138,11 +142,11 @@ class Evaluator:
         raise NotUnderstood(f"an operand {x!r}")
 
 
-def _axis(ndim: int, dim: int) -> int:
+def axis_of(ndim: int, dim: int) -> int:
     return dim % ndim if ndim else 0
 
 
-def _set(index: Index, dim: int, new: Poly) -> Index:
+def with_axis(index: Index, dim: int, new: Poly) -> Index:
     return (*index[:dim], new, *index[dim + 1 :])
 
 
@@ -206,26 +210,26 @@ def _repeat(ev: Evaluator, index: Index, x: fx.Node, repeats: Any) -> tuple[fx.N
 def _permute(ev: Evaluator, index: Index, x: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, Index]:
     old: list[Poly] = [Poly.of(0)] * len(dims)
     for i, dim in zip(index, dims, strict=True):
-        old[_axis(len(dims), dim)] = i
+        old[axis_of(len(dims), dim)] = i
     return x, tuple(old)
 
 
 @move("transpose.int")
 def _transpose(ev: Evaluator, index: Index, x: fx.Node, a: int, b: int) -> tuple[fx.Node, Index]:
     dims = list(range(len(index)))
-    a, b = _axis(len(dims), a), _axis(len(dims), b)
+    a, b = axis_of(len(dims), a), axis_of(len(dims), b)
     dims[a], dims[b] = dims[b], dims[a]
     return _permute(ev, index, x, dims)
 
 
-@move("t.default", "numpy_T.default", "mT.default")
+@move("t.default")
 def _t(ev: Evaluator, index: Index, x: fx.Node) -> tuple[fx.Node, Index]:
     return (x, index) if len(index) < 2 else _transpose(ev, index, x, -1, -2)
 
 
 @move("unsqueeze.default")
 def _unsqueeze(ev: Evaluator, index: Index, x: fx.Node, dim: int) -> tuple[fx.Node, Index]:
-    dim = _axis(len(index), dim)
+    dim = axis_of(len(index), dim)
     return x, (*index[:dim], *index[dim + 1 :])
 
 
@@ -233,7 +237,7 @@ def _unsqueeze(ev: Evaluator, index: Index, x: fx.Node, dim: int) -> tuple[fx.No
 def _squeeze(ev: Evaluator, index: Index, x: fx.Node, dim: Any = None) -> tuple[fx.Node, Index]:
     shape = ev.shape(x)
     dims = range(len(shape)) if dim is None else [dim] if isinstance(dim, int) else dim
-    gone = {_axis(len(shape), d) for d in dims if shape[_axis(len(shape), d)].constant == 1}
+    gone = {axis_of(len(shape), d) for d in dims if shape[axis_of(len(shape), d)].constant == 1}
     left = iter(index)
     return x, tuple(Poly.of(0) if d in gone else next(left) for d in range(len(shape)))
 
@@ -242,7 +246,7 @@ def _squeeze(ev: Evaluator, index: Index, x: fx.Node, dim: Any = None) -> tuple[
 def _slice(
     ev: Evaluator, index: Index, x: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
 ) -> tuple[fx.Node, Index]:
-    dim = _axis(len(index), dim)
+    dim = axis_of(len(index), dim)
     if start is None or (isinstance(start, int) and start == 0):
         first = Poly.of(0)
     else:
@@ -251,13 +255,13 @@ def _slice(
             first = first + size
         if not is_nonneg(first) or not is_nonneg(size - first):
             raise NotUnderstood("a slice's start may lie outside of what is sliced")
-    return x, _set(index, dim, first + index[dim] * ev.size(step))
+    return x, with_axis(index, dim, first + index[dim] * ev.size(step))
 
 
 @move("select.int")
 def _select(ev: Evaluator, index: Index, x: fx.Node, dim: int, i: Any) -> tuple[fx.Node, Index]:
     shape = ev.shape(x)
-    dim, at = _axis(len(shape), dim), ev.size(i)
+    dim, at = axis_of(len(shape), dim), ev.size(i)
     if is_nonneg(at * -1 - 1):
         at = at + shape[dim]
     return x, (*index[:dim], at, *index[dim:])
@@ -267,11 +271,6 @@ def _select(ev: Evaluator, index: Index, x: fx.Node, dim: int, i: Any) -> tuple[
 def _flip(ev: Evaluator, index: Index, x: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, Index]:
     shape = ev.shape(x)
     for dim in dims:
-        dim = _axis(len(shape), dim)
-        index = _set(index, dim, shape[dim] - 1 - index[dim])
+        dim = axis_of(len(shape), dim)
+        index = with_axis(index, dim, shape[dim] - 1 - index[dim])
     return x, index
-
-
-def has_remainder(p: Poly) -> bool:
-    """Whether a division was left standing."""
-    return any(isinstance(a, (Div, Mod)) for m, _ in p.terms for a in m)

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, Union
+from typing import Any
 
 __all__ = ["Atom", "Div", "Mod", "Poly", "Size", "Var", "atoms_of", "is_nonneg", "substitute", "variables"]
 
@@ -49,7 +49,7 @@ class Mod:
     den: Poly
 
 
-Atom = Union[Size, Var, Div, Mod]
+Atom = Size | Var | Div | Mod
 Monomial = tuple[Atom, ...]
 
 
@@ -168,7 +168,7 @@ def _rejoined(p: Poly) -> Poly:
 def _divmod(p: Poly, d: Poly) -> tuple[Poly, Poly]:
     if d.constant == 1:
         return p, Poly.of(0)
-    if d.constant is not None and d.constant <= 0 or len(d.terms) != 1:
+    if (d.constant is not None and d.constant <= 0) or len(d.terms) != 1:
         return Poly.of(Div(p, d)), Poly.of(Mod(p, d))
     if d.constant is not None and p.terms and all(c < 0 or not m for m, c in p.terms) and p.constant is None:
         # floor(-x / d) = -floor((x + d - 1) / d): one form for a quotient that is rounded up

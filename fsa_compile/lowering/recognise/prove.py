@@ -10,7 +10,20 @@ from .evaluate import NotUnderstood
 from .index import Div, Mod, Poly, Var, atoms_of, is_nonneg, variables
 from .scores import Pieces
 from .terms import (
-    And, Apply, At, Const, Equal, Exists, Int, NonNeg, Not, Or, Term, all_of, any_of, free, replaced,
+    And,
+    Apply,
+    At,
+    Const,
+    Equal,
+    Exists,
+    Int,
+    NonNeg,
+    Not,
+    Or,
+    Term,
+    all_of,
+    free,
+    replaced,
 )  # fmt: skip
 
 __all__ = ["Fixed", "Listed", "Proof", "prove"]
@@ -48,6 +61,7 @@ class Proof:
     block_size: int
     blocks: tuple[Listed | Fixed, ...]
     never_empty: bool
+    keys_by_query_head: bool  # keys and values have a head for each query head, the selection has one for each group
 
 
 def prove(pieces: Pieces) -> Proof:
@@ -57,26 +71,33 @@ def prove(pieces: Pieces) -> Proof:
     query, offset = _causal(pieces)
     if pieces.key.size - query.size != offset:
         raise NotUnderstood(
-            f"its causal mask lets query i see keys up to i + {offset}, not up to the same position counted from the end"
+            f"its causal mask lets query i see keys up to i + {offset}, not to its own position counted from the end"
         )
     pieces, axes = _split(pieces, query)
     block_size, blocks, never_empty = _selection(pieces, query, offset)
+    by_query_head = False
     others = [x for axis in axes for x in axis if x not in (query, pieces.feature)]
     shared = free(pieces.k) | free(pieces.v)
     alone = [x for x in others if x not in shared and x in free(pieces.q)]
     rest = [x for x in others if x not in alone and (x.size.constant != 1 or x in shared)]
+    split = [axis for axis in axes if len(axis) > 1]
+    both = free(pieces.k) & free(pieces.v)
+    if not alone and both.issuperset(rest) and len(rest) == 3 and len(split) == 1 and tuple(rest[1:]) == split[0]:
+        alone, rest, by_query_head = rest[2:], rest[:2], True
     if len(alone) > 1 or len(rest) > 2 or any(x not in free(pieces.q) for x in rest):
         raise NotUnderstood("its axes are not those of batch, heads, queries and head_dim")
     group = alone[0] if alone else None
+    batch: Var | None = None
+    head: Var | None = None
     if len(rest) == 2:
         batch, head = rest
-    elif len(rest) == 1:
-        batch, head = (rest[0], None) if group else (None, rest[0])
-    else:
-        batch = head = None
-    if group is not None and group.size.constant is None or head is not None and head.size.constant is None:
+    elif rest and group is not None:
+        batch = rest[0]
+    elif rest:
+        head = rest[0]
+    if (group is not None and group.size.constant is None) or (head is not None and head.size.constant is None):
         raise NotUnderstood("its number of heads is not a constant")
-    return Proof(pieces, axes, batch, head, group, query, block_size, blocks, never_empty)
+    return Proof(pieces, axes, batch, head, group, query, block_size, blocks, never_empty, by_query_head)
 
 
 def _conjuncts(x: Term) -> tuple[Term, ...]:
@@ -104,7 +125,7 @@ def _causal(pieces: Pieces) -> tuple[Var, Poly]:
 
 def _split(pieces: Pieces, query: Var) -> tuple[Pieces, tuple[tuple[Var, ...], ...]]:
     """Take axes apart that count two things, as a flattened batch of heads or heads of several groups."""
-    axes = [(x,) for x in pieces.out]
+    axes: list[tuple[Var, ...]] = [(x,) for x in pieces.out]
     for _ in range(6):
         found = next(_quotients(pieces, [x for axis in axes for x in axis if x not in (query, pieces.feature)]), None)
         if found is None:
@@ -275,7 +296,9 @@ def _blocks(
 def _fixed(option: Term, key: Poly, position: Poly, block: Poly, block_size: int, pieces: Pieces) -> Iterator[Fixed]:
     """Blocks that every query sees: `j // B == f(i)`, the newest (`j // B >= i // B - c`), the first (`j < c * B`)."""
     parts = [part for part in _conjuncts(option) if not _implied(part, key, position)]
-    part = parts[0] if len(parts) == 1 else any_of(*parts)
+    if len(parts) != 1:
+        raise NotUnderstood("its mask also shows keys outside of the listed blocks, under several conditions")
+    part = parts[0]
     allowed = variables(position)
     if isinstance(part, Equal) and isinstance(part.left, Int) and isinstance(part.right, Int):
         difference = part.left.poly - part.right.poly

@@ -23,27 +23,27 @@ __all__ = ["BLOCKWISE", "Graph", "Region", "function_name", "trace"]
 # own; so are `detach`, which is not what it holds, and whatever draws random numbers.
 _MOVES = """
     view reshape expand expand_as view_as reshape_as permute transpose swapaxes swapdims movedim moveaxis t mT T
-    unsqueeze squeeze flatten unflatten contiguous clone repeat tile repeat_interleave getitem narrow select flip roll
-    index_select gather take_along_dim unbind split chunk tensor_split cat concat stack hstack pad rearrange broadcast_to
-    adjoint getattr __getitem__ dropout
+    unsqueeze squeeze flatten unflatten contiguous clone repeat tile repeat_interleave getitem narrow select
+    flip roll index_select gather take_along_dim unbind split chunk tensor_split cat concat stack hstack pad
+    rearrange broadcast_to adjoint getattr __getitem__ dropout
 """
 _MAKES = """
-    zeros ones full empty arange zeros_like ones_like full_like new_zeros new_ones new_full tensor scalar_tensor tril triu
-    one_hot meshgrid eye
+    zeros ones full empty arange zeros_like ones_like full_like new_zeros new_ones new_full tensor scalar_tensor
+    tril triu one_hot meshgrid eye
 """
 _POINTWISE = """
-    to type type_as float half bfloat16 double bool int long lt le gt ge eq ne __eq__ __ne__ __lt__ __le__ __gt__ __ge__
-    less less_equal greater greater_equal not_equal and_ or_ xor inv invert not_ logical_and logical_or logical_not
-    logical_xor bitwise_and bitwise_or bitwise_not bitwise_right_shift rshift __and__ __or__ __invert__ __rshift__ where
-    masked_fill clamp clamp_min clamp_max clip minimum maximum add sub rsub subtract neg floordiv floor_divide remainder mod
-    mul truediv div divide multiply isin __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __floordiv__ __mod__
-    nan_to_num
+    to type type_as float half bfloat16 double bool int long lt le gt ge eq ne __eq__ __ne__ __lt__ __le__
+    __gt__ __ge__ less less_equal greater greater_equal not_equal and_ or_ xor inv invert not_ logical_and
+    logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_right_shift rshift __and__
+    __or__ __invert__ __rshift__ where masked_fill clamp clamp_min clamp_max clip minimum maximum add sub rsub
+    subtract neg floordiv floor_divide remainder mod mul truediv div divide multiply isin __add__ __radd__
+    __sub__ __rsub__ __mul__ __rmul__ __truediv__ __floordiv__ __mod__ nan_to_num
 """
 _REDUCES = "any all sum amax max"
 _WRITES = """
-    scatter scatter_add scatter_reduce index_put index_fill scatter_ scatter_add_ scatter_reduce_ index_put_ index_fill_
-    setitem fill_ zero_ masked_fill_ logical_and_ logical_or_ logical_not_ bitwise_and_ bitwise_or_ iand ior mul_ div_ add_
-    sub_ imul iadd isub itruediv tril_ triu_ copy_ __iand__ __ior__
+    scatter scatter_add scatter_reduce index_put index_fill scatter_ scatter_add_ scatter_reduce_ index_put_
+    index_fill_ setitem fill_ zero_ masked_fill_ logical_and_ logical_or_ logical_not_ bitwise_and_ bitwise_or_
+    iand ior mul_ div_ add_ sub_ imul iadd isub itruediv tril_ triu_ copy_ __iand__ __ior__
 """
 _ATTENTION = "softmax matmul bmm baddbmm einsum __matmul__ __rmatmul__"
 _ALLOWED = frozenset(" ".join((_MOVES, _MAKES, _POINTWISE, _REDUCES, _WRITES, _ATTENTION)).split())
@@ -122,12 +122,19 @@ class Graph:
     writes: dict[int, list[fx.Node]] = field(default_factory=dict)  # by storage
     autocast: list[tuple[int, int, tuple[Any, ...]]] = field(default_factory=list)
     unknown_writes: list[fx.Node] = field(default_factory=list)
+    grad_modes: dict[fx.Node, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         open_: dict[fx.Node, int] = {}
+        grad_mode: Any = None  # of the caller
         for i, node in enumerate(self.graph.nodes):
             self.order[node] = i
             name = function_name(node)
+            if name == "_set_grad_enabled":
+                grad_mode = node.args[0]
+            self.grad_modes[node] = grad_mode
+            if "inference_mode" in name:
+                self.unknown_writes.append(node)
             if name == "_enter_autocast":
                 open_[node] = i
             elif name == "_exit_autocast" and node.args[0] in open_:
@@ -152,6 +159,8 @@ class Graph:
             node = pending.pop()
             if node in inside or (node is not anchor and not _is_allowed(node)):
                 continue
+            if self.grad_modes[node] != self.grad_modes[anchor] and _needs_grad(node):
+                continue  # made again at the anchor, it would have a gradient
             inside.add(node)
             if len(inside) > _MOST_NODES:
                 raise NotUnderstood("the computation around it is too large to be looked into")
@@ -209,9 +218,13 @@ def _is_allowed(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method")
 
 
+def _needs_grad(node: fx.Node) -> bool:
+    return any(t.requires_grad for t in map(tensor, (node, *node.all_input_nodes)) if t is not None)
+
+
 def _is_mask_like(node: fx.Node) -> bool:
     """A product of two masks that are held as numbers: neither carries a gradient."""
-    return not any(t.requires_grad for t in map(tensor, node.all_input_nodes) if t is not None)
+    return not _needs_grad(node)
 
 
 def trace(region: Region, results: Iterable[fx.Node], fake_mode: Any) -> fx.GraphModule:
@@ -223,14 +236,15 @@ def trace(region: Region, results: Iterable[fx.Node], fake_mode: Any) -> fx.Grap
         for node in region.nodes:
             if node in known:
                 continue
-            args, kwargs = (fx.node.map_arg(x, known.__getitem__) for x in (node.args, node.kwargs))
+            args: Any = fx.node.map_arg(node.args, known.__getitem__)
+            kwargs: Any = fx.node.map_arg(node.kwargs, known.__getitem__)
             if function_name(node).strip("_") in _NAMED:  # these have no functional form of their own
                 known[node] = _NAMED[function_name(node).strip("_")](*args, **kwargs)
             elif node.op == "call_method":
-                known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[index]
+                known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 assert callable(node.target)
-                known[node] = node.target(*args, **kwargs)  # type: ignore[arg-type]
+                known[node] = node.target(*args, **kwargs)
         return [known[node] for node in wanted]
 
     fn: Callable[..., Any] = torch.func.functionalize(run, remove="mutations")

@@ -11,7 +11,7 @@ from torch import fx
 
 from .build import Builder
 from .evaluate import NotUnderstood
-from .index import Poly, Var
+from .index import Poly, Var, variables
 from .prove import Fixed, Listed, Proof
 from .region import function_name, tensor
 from .terms import TRUE, free
@@ -28,18 +28,22 @@ def rewrite(proof: Proof, b: Builder) -> fx.Node:
     assert want is not None
     query, pieces = proof.query, proof.pieces
     heads = (proof.head, proof.group)
-    by_query_head = proof.group is not None and any(
-        isinstance(x, Listed) and (proof.group in free(x.ids) or proof.group in free(x.valid)) for x in proof.blocks
+    by_query_head = proof.keys_by_query_head or (
+        proof.group is not None
+        and any(
+            isinstance(x, Listed) and (proof.group in free(x.ids) or proof.group in free(x.valid)) for x in proof.blocks
+        )
     )
     q = _operand(b, pieces.q, (proof.batch, query, *heads, pieces.inner), want)
     b.lengths.update({query.size: (q, 1), **({proof.batch.size: (q, 0)} if proof.batch else {})})
-    k = _operand(b, pieces.k, (proof.batch, pieces.key, proof.head, None, pieces.inner), want)
+    key_heads = heads if proof.keys_by_query_head else (proof.head, None)
+    k = _operand(b, pieces.k, (proof.batch, pieces.key, *key_heads, pieces.inner), want)
     b.lengths[pieces.key.size] = (k, 1)
-    v = _operand(b, pieces.v, (proof.batch, pieces.key, proof.head, None, pieces.feature), want)
+    v = _operand(b, pieces.v, (proof.batch, pieces.key, *key_heads, pieces.feature), want)
     q, k, v = _one_dtype(b, (q, k, v), want.dtype)
     k, v = (_whole(b, x, proof) for x in (k, v))
     group = 1 if proof.group is None else int(proof.group.size.constant or 1)
-    if by_query_head:
+    if by_query_head and not proof.keys_by_query_head:
         k, v = (b.make(torch.repeat_interleave, x, group, 2) for x in (k, v))
     if max(int(b.shape(x)[3]) for x in (q, k, v)) > _MOST_HEAD_DIM:
         raise NotUnderstood(f"its head_dim is more than {_MOST_HEAD_DIM}")
@@ -138,13 +142,7 @@ def _distinct(b: Builder, proof: Proof) -> bool:
         return False
     along = one.ids.index[dim]
     rest = [p for d, p in enumerate(one.ids.index) if d != dim % len(one.ids.index)]
-    return along == Poly.of(one.slot) and not any(one.slot in free_of(p) for p in rest)
-
-
-def free_of(p: Poly) -> frozenset[Var]:
-    from .index import variables
-
-    return variables(p)
+    return along == Poly.of(one.slot) and not any(one.slot in variables(p) for p in rest)
 
 
 def _nan_where_empty(
@@ -175,10 +173,10 @@ def _as_wanted(b: Builder, proof: Proof, x: fx.Node, group: int, want: torch.Ten
     """The result (batch, seq_len, num_q_heads, head_dim_v) in the anchor's axes, dtype and strides."""
     x = b.make(torch.Tensor.unflatten, x, 2, (-1, group))
     roles = [proof.batch, proof.query, proof.head, proof.group, proof.pieces.feature]
-    for axis in reversed(range(5)):
-        if roles[axis] is None:
-            x = b.make(torch.squeeze, x, axis)
-            del roles[axis]
+    for at in reversed(range(5)):
+        if roles[at] is None:
+            x = b.make(torch.squeeze, x, at)
+            del roles[at]
     order = [v for axis in proof.axes for v in axis]
     present = [v for v in order if v in roles]
     if len(present) != len(roles):

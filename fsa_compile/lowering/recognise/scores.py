@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +150,8 @@ class _Scores:
                 x = x.args[0]
             elif isinstance(x, Apply) and x.name == "where":
                 visible, x, fill = x.args
-                if not isinstance(fill, Const) or fill.value != -math.inf:
+                if isinstance(x, Const) or not isinstance(fill, Const) or fill.value != -math.inf:
+                    fill = x if isinstance(x, Const) else fill
                     raise NotUnderstood(f"hidden scores are {_shown(fill)}, which is not the same as -inf")
                 masks.append(visible)
             elif isinstance(x, Apply) and x.name == "add":
@@ -194,8 +194,3 @@ def _added(x: Term) -> list[Term]:
 
 def _shown(x: Any) -> str:
     return f"{x.value:g}" if isinstance(x, Const) and isinstance(x.value, float) else "no constant"
-
-
-def sizes(names: Sequence[Var]) -> list[Poly]:
-    """Of each variable."""
-    return [x.size for x in names]

@@ -16,8 +16,8 @@ from torch import fx
 from .index import Poly, Var, is_nonneg, substitute, variables
 
 __all__ = [
-    "And", "Apply", "At", "Const", "Equal", "Exists", "Int", "NonNeg", "Not", "Or", "Reduce", "Softmax", "Term", "all_of",
-    "any_of", "apply", "compare", "equal", "exists", "free", "negate", "nonneg", "replaced", "where",
+    "And", "Apply", "At", "Const", "Equal", "Exists", "Int", "NonNeg", "Not", "Or", "Reduce", "Softmax", "Term",
+    "all_of", "any_of", "apply", "compare", "equal", "exists", "free", "negate", "nonneg", "replaced", "where",
 ]  # fmt: skip
 
 
