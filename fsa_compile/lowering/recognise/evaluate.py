@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from .index import Poly, Size, Var, is_nonneg
-from .terms import At, Const, Int, Term
+from .terms import Apply, At, Const, Int, Softmax, Term
 
 __all__ = ["MOVES", "VALUES", "Evaluator", "Index", "NotUnderstood", "axis_of", "move", "value", "with_axis"]
 
@@ -81,6 +81,16 @@ class Evaluator:
                 return found
         return At(node, index)
 
+    def operand_of_product(self, node: fx.Node, index: Sequence[Poly]) -> Term:
+        """As `value`, but an element that is neither a multiple of a tensor's nor of a softmax is not looked into."""
+        found = self.value(node, index)
+        if _is_multiple(found) or holds_softmax(found):
+            return found
+        index = tuple(index)
+        while str(node.target) in MOVES:
+            node, index = MOVES[str(node.target)](self, index, *node.args, **node.kwargs)
+        return At(node, index)
+
     def shape(self, node: fx.Node) -> tuple[Poly, ...]:
         """Sizes of a node's axes."""
         shape = tuple(self.size(n) for n in node.meta["val"].shape)
@@ -140,6 +150,17 @@ class Evaluator:
         if isinstance(x, (bool, int, float)):
             return Int(Poly.of(x)) if type(x) is int else Const(x)
         raise NotUnderstood(f"an operand {x!r}")
+
+
+def _is_multiple(x: Any) -> bool:
+    while isinstance(x, Apply) and x.name in ("mul", "cast"):
+        x = x.args[0]
+    return isinstance(x, At)
+
+
+def holds_softmax(x: Any) -> bool:
+    """Whether there is a softmax in a term."""
+    return isinstance(x, Softmax) or (isinstance(x, Apply) and any(map(holds_softmax, x.args)))
 
 
 def axis_of(ndim: int, dim: int) -> int:

@@ -83,8 +83,8 @@ def _softmax(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: int, h
 @value("bmm.default", "mm.default")
 def _matmul(ev: Evaluator, node: fx.Node, index: Index, a: fx.Node, b: fx.Node, **_: Any) -> Term:
     name = ev.var("e", ev.shape(a)[-1])
-    left = ev.value(a, (*index[:-1], Poly.of(name)))
-    right = ev.value(b, (*index[:-2], Poly.of(name), index[-1]))
+    left = ev.operand_of_product(a, (*index[:-1], Poly.of(name)))
+    right = ev.operand_of_product(b, (*index[:-2], Poly.of(name), index[-1]))
     return Reduce("sum", name, apply("dot", left, right))
 
 

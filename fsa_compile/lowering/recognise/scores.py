@@ -51,9 +51,9 @@ def of_call(
         batch_k[1] = batch[1] // group
     keys = (*batch_k, Poly.of(key))
     terms = (
-        ev.value(q, (*batch, Poly.of(axes[-1]), Poly.of(inner))),
-        ev.value(k, ev.aligned(k, (*keys, Poly.of(inner)))),
-        ev.value(v, ev.aligned(v, (*keys, Poly.of(feature)))),
+        ev.operand_of_product(q, (*batch, Poly.of(axes[-1]), Poly.of(inner))),
+        ev.operand_of_product(k, ev.aligned(k, (*keys, Poly.of(inner)))),
+        ev.operand_of_product(v, ev.aligned(v, (*keys, Poly.of(feature)))),
     )
     (q_at, by_q), (k_at, by_k), (v_at, by_v) = map(_factor, terms)
     if by_v != 1:
