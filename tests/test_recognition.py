@@ -23,9 +23,9 @@ from fsa_compile import lowering
 from fsa_compile.lowering import Site, _inductor, install
 from fsa_compile.lowering.recognise import recognise_graph
 
-from .corpus import BLOCK, NEAR_MISSES, POSITIVES, Program, make_inputs
-from .corpus.near_misses import chosen_tokens
-from .corpus.positives import causal
+from corpus import BLOCK, NEAR_MISSES, POSITIVES, Program, make_inputs
+from corpus.near_misses import chosen_tokens
+from corpus.positives import causal
 
 _OP = torch.ops.fsa.selected_attention.default
 
@@ -108,7 +108,9 @@ def test_positive(name: str, training: bool) -> None:
     assert backend.calls == 1
 
 
-@positives
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if i % 6 == 0 else pytest.mark.slow) for i, n in enumerate(POSITIVES)]
+)
 def test_positive_of_dynamic_length(name: str) -> None:
     program = POSITIVES[name]
     backend = run(program, True, (72, 100))
@@ -137,7 +139,9 @@ def test_near_miss_of_dynamic_length(name: str) -> None:
     assert not any(site.matched for site in backend.sites), backend.sites
 
 
-@positives
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if i % 6 == 1 else pytest.mark.slow) for i, n in enumerate(POSITIVES)]
+)
 def test_one_sequence(name: str) -> None:
     """Axes of size 1 have no index."""
     assert all(site.matched for site in run(POSITIVES[name], False, batch=1).sites)

@@ -147,7 +147,7 @@ def both_of_two_lists(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return sdpa(q, k, v, chosen_tokens(ids, t) & chosen_tokens(ids.flip(2), t) & causal(t))
 
 
-@near_miss("not made of a list|not causal|not looked through|input")
+@near_miss("nothing in its mask")
 def every_listed_at_once(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     t = q.shape[2]
     return sdpa(q, k, v, (ids[..., None] == torch.arange(t) // BLOCK).all(-2) & causal(t))
@@ -256,14 +256,14 @@ def ids_of_the_other_sequence(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> T
     return sdpa(q, k, v, chosen_tokens(ids.flip(0), t) & causal(t))
 
 
-@near_miss("padding mask|input")
+@near_miss("hides keys otherwise")
 def padding(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     t = q.shape[2]
     real = (k.detach()[:, :1, :, 0] > -1)[:, :, None]  # [b, 1, 1, t]
     return sdpa(q, k, v, chosen_tokens(ids, t) & causal(t) & real)
 
 
-@near_miss("padding mask|input|comparison")
+@near_miss("hides keys otherwise")
 def documents(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     t = q.shape[2]
     document = ids[:, :1, :, 0].sort(-1).values
@@ -339,7 +339,7 @@ def softmax_over_queries(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor
     return scores.softmax(-2) @ v.repeat_interleave(g, 1)
 
 
-@near_miss("not products of queries and keys|dense")
+@near_miss("changed between the softmax")
 def keys_from_the_mask_only(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     t, g = q.shape[2], q.shape[1] // k.shape[1]
     mask = (chosen_tokens(ids, t) & causal(t)).repeat_interleave(g, 1)

@@ -192,11 +192,11 @@ def _as_wanted(b: Builder, proof: Proof, x: fx.Node, group: int, want: torch.Ten
         x = b.make(torch.Tensor.to, x, want.dtype)
     if not _same(b.fake(x).shape, want.shape):
         raise NotUnderstood(f"the result would be {tuple(b.fake(x).shape)}, not {tuple(want.shape)}")
-    if not _same(b.fake(x).stride(), want.stride()):
+    if not _same_strides(b.fake(x), want):
         order_ = _by_stride(want)
         x = b.make(torch.Tensor.contiguous, b.make(torch.permute, x, order_))
         x = b.make(torch.permute, x, [order_.index(d) for d in range(len(order_))])
-        if not _same(b.fake(x).stride(), want.stride()):
+        if not _same_strides(b.fake(x), want):
             raise NotUnderstood("the result's strides cannot be had")
     return x
 
@@ -204,6 +204,12 @@ def _as_wanted(b: Builder, proof: Proof, x: fx.Node, group: int, want: torch.Ten
 def _by_stride(x: torch.Tensor) -> list[int]:
     strides = [s if isinstance(s, int) else s.node.hint for s in x.stride()]
     return sorted(range(x.dim()), key=lambda d: (-strides[d], d))
+
+
+def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """A view of one is a view of the other: strides of axes of size 1 do not count."""
+    axes = [d for d in range(b.dim()) if not isinstance(b.shape[d], int) or b.shape[d] != 1]
+    return _same([a.stride()[d] for d in axes], [b.stride()[d] for d in axes])
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -42,7 +42,7 @@ def of_call(
         raise NotUnderstood("its operands have neither three nor four axes")
     axes = [ev.var("o", n) for n in shape_q[:-1]]
     feature, key, inner = ev.var("d", shape_v[-1]), ev.var("j", shape_k[-2]), ev.var("e", shape_q[-1])
-    batch = [Poly.of(x) for x in axes[:-1]]
+    batch = [Poly.of(x) if x.size.constant != 1 else Poly.of(0) for x in axes[:-1]]
     batch_k = list(batch)
     if grouped and len(shape_q) == 4:
         group = shape_q[1].divided(shape_k[1])
