@@ -6,6 +6,6 @@ of a traced node is, `scores` takes an attention apart, `prove` decides, `rewrit
 
 from __future__ import annotations
 
-from .anchors import recognise_graph
+from .anchors import preview, recognise_graph
 
-__all__ = ["recognise_graph"]
+__all__ = ["preview", "recognise_graph"]

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ..sites import Site, report
+from ..switch import is_recognising
 from ..where import where_of
 from . import lookups, values  # their rules register themselves
 from .build import Builder
@@ -22,7 +23,7 @@ from .region import BLOCKWISE, Graph, Region, function_name, tensor, trace
 from .rewrite import rewrite
 from .scores import Pieces, of_call, of_term
 
-__all__ = ["recognise_graph"]
+__all__ = ["preview", "recognise_graph"]
 
 log = logging.getLogger(__name__)
 assert lookups, values
@@ -37,14 +38,28 @@ _BETWEEN = frozenset(
 _HOPS = 6
 
 
-def recognise_graph(graph: fx.Graph, *, tell: bool = True) -> list[Site]:
+def recognise_graph(graph: fx.Graph) -> list[Site]:
     """Replace the attention of `graph` that is provably selected attention, and say what became of each."""
-    found = list(_anchors(graph))
-    if not found:
-        return []
     sites = []
+    for _, site in _recognised(graph):
+        log.info("%s", site)
+        report(site)
+        sites.append(site)
+    return sites
+
+
+def preview(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, str]]:
+    """A copy of the graph as the pass would leave it, and why each call or softmax that is left was left."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    if not is_recognising():
+        return new, {}
+    return new, {source: site.reason for source, site in _recognised(new) if not site.matched}
+
+
+def _recognised(graph: fx.Graph) -> Iterator[tuple[fx.Node, Site]]:
     state: Graph | None = None
-    for anchor, kind in found:
+    for anchor, kind, source in list(_anchors(graph)):
         matched, reason = False, ""
         try:
             state = Graph(graph) if state is None else state
@@ -55,22 +70,18 @@ def recognise_graph(graph: fx.Graph, *, tell: bool = True) -> list[Site]:
         except Exception as error:
             log.warning("%s stays as it is: %s: %s", kind, type(error).__name__, error, exc_info=True)
             reason = f"could not be looked into: {type(error).__name__}: {error}"
-        site = Site(kind, matched, None, reason=reason, where=where_of(anchor))
-        log.info("%s", site)
-        sites.append(site)
-        if tell:
-            report(site)
-    return sites
+        yield source, Site(kind, matched, None, reason=reason, where=where_of(source))
 
 
-def _anchors(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+def _anchors(graph: fx.Graph) -> Iterator[tuple[fx.Node, str, fx.Node]]:
+    """What may be replaced, its kind, and the call or softmax."""
     for node in graph.nodes:
         name = function_name(node)
         if name == _CALL:
-            yield node, _CALL
+            yield node, _CALL, node
         elif name == "softmax":
             for product in _products(node):
-                yield product, _SOFTMAX
+                yield product, _SOFTMAX, node
 
 
 def _products(softmax: fx.Node) -> Iterator[fx.Node]:
