@@ -83,7 +83,7 @@ def run(program: Program, training: bool, lengths: tuple[int, ...] = (), batch: 
         x = make_inputs(program, length, requires_grad=training, seed=i, batch=batch)
         if lengths:
             for one in x:
-                torch._dynamo.mark_dynamic(one, 2 if program.layout == "bhtd" else 1)
+                torch._dynamo.maybe_mark_dynamic(one, 2 if program.layout == "bhtd" else 1)
         assert_same(results(compiled, x, training), results(program.fn, x, training))
     return backend
 
@@ -91,6 +91,13 @@ def run(program: Program, training: bool, lengths: tuple[int, ...] = (), batch: 
 training = pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 positives = pytest.mark.parametrize("name", POSITIVES)
 near_misses = pytest.mark.parametrize("name", NEAR_MISSES)
+
+
+def some(programs: dict[str, Program], by_default: int, slow: int) -> pytest.MarkDecorator:
+    """One in `by_default` of the programs, and one in `slow` where the slow tests run: dynamic sizes take long."""
+    names = [(name, i % by_default == 0) for i, name in enumerate(programs) if i % slow == 0]
+    params = [pytest.param(name, marks=() if default else pytest.mark.slow) for name, default in names]
+    return pytest.mark.parametrize("name", params)
 
 
 def test_the_corpus_is_large() -> None:
@@ -106,9 +113,7 @@ def test_positive(name: str, training: bool) -> None:
     assert backend.calls == 1
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if i % 6 == 0 else pytest.mark.slow) for i, n in enumerate(POSITIVES)]
-)
+@some(POSITIVES, by_default=12, slow=3)
 def test_positive_of_dynamic_length(name: str) -> None:
     program = POSITIVES[name]
     backend = run(program, True, (72, 100))
@@ -130,16 +135,13 @@ def test_near_miss(name: str, training: bool) -> None:
         assert "near_misses.py" in site.where
 
 
-@pytest.mark.slow
-@near_misses
+@some(NEAR_MISSES, by_default=24, slow=6)
 def test_near_miss_of_dynamic_length(name: str) -> None:
     backend = run(NEAR_MISSES[name], True, (72, 80))
     assert not any(site.matched for site in backend.sites), backend.sites
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if i % 6 == 1 else pytest.mark.slow) for i, n in enumerate(POSITIVES)]
-)
+@some(POSITIVES, by_default=6, slow=1)
 def test_one_sequence(name: str) -> None:
     """Axes of size 1 have no index."""
     assert all(site.matched for site in run(POSITIVES[name], False, batch=1).sites)
@@ -360,6 +362,7 @@ def test_the_slot_is_shared() -> None:
     assert any(site.matched for site in sites)
 
 
+@pytest.mark.slow
 def test_a_replaced_slot_is_reported() -> None:
     x = make_inputs(Program("", block_attention), 72, requires_grad=False)
     compiled = torch.compile(block_attention, fullgraph=True, options={_inductor.PRE_GRAD_SLOT: lambda graph: None})
