@@ -25,7 +25,7 @@ from .ops.schema import bound_arguments
 __all__ = ["Explanation", "GraphBreak", "Site", "explain"]
 
 _ONE_WAY = "its kernels run in one loop order"
-_NOT_NSA = "dense attention, not NSA; plain-PyTorch NSA is not recognised in this release"
+_NOT_NSA = "dense attention, not NSA"
 _EXPLANATION = re.compile(r"^\s*Explanation: (.*)$", re.MULTILINE)
 _WRAPPED = re.compile(r": got ([A-Za-z_.]+\(.*\))$", re.MULTILINE)
 
@@ -180,15 +180,19 @@ def _name(fn: Any) -> str:
 
 def _sites(gm: fx.GraphModule) -> Iterator[Site]:
     """Sites of a graph and of the bodies of its higher-order operators (checkpointed regions, loops)."""
+    from .lowering import recognise  # imports sympy
+
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
-            for node in module.graph.nodes:
+            graph, reasons = recognise.preview(module.graph)
+            for node in graph.nodes:
                 name = _function(node)
                 if name.startswith("fsa::"):
                     yield _nsa_site(node, name)
                 elif name in _DENSE or (name in _SOFTMAX and _feeds_matmul(node)):
                     shown = name if name in _DENSE else "softmax, then matmul"
-                    yield Site(shown, False, None, reason=_NOT_NSA, where=where_of(node))
+                    reason = reasons.get(node, _NOT_NSA)
+                    yield Site(shown, False, None, reason=reason, where=where_of(node))
 
 
 def _function(node: fx.Node) -> str:

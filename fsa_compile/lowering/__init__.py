@@ -8,14 +8,14 @@ from .sites import Site, collect_sites
 from .switch import disable, enable, is_enabled
 
 if TYPE_CHECKING:
-    from .install import PASS
+    from .install import PASS, PRE_GRAD_PASS
 
-__all__ = ["PASS", "Site", "collect_sites", "disable", "enable", "is_enabled"]
+__all__ = ["PASS", "PRE_GRAD_PASS", "Site", "collect_sites", "disable", "enable", "is_enabled"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "PASS":  # it is a class of the compiler's, which is imported with it
-        from .install import PASS
+    if name in ("PASS", "PRE_GRAD_PASS"):  # of a class of the compiler's, which is imported with it
+        from . import install
 
-        return PASS
+        return getattr(install, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 __all__ = [
     "CustomGraphPass",
+    "PRE_GRAD_SLOT",
     "SLOT",
     "append_choice",
     "autotune",
@@ -38,9 +39,10 @@ __all__ = [
 ]
 
 SLOT = "joint_custom_pre_pass"
+PRE_GRAD_SLOT = "pre_grad_custom_pass"
 
 
-# ---- the joint graph's custom-pass slot ----
+# ---- the custom-pass slots ----
 
 
 def slot_takes_sequence() -> bool:
@@ -50,25 +52,25 @@ def slot_takes_sequence() -> bool:
     return hasattr(module, "get_custom_graph_passes")
 
 
-def slot_passes() -> tuple[Any, ...]:
+def slot_passes(slot: str = SLOT) -> tuple[Any, ...]:
     """The passes in the slot as this thread sees it, in order."""
-    value = getattr(_config, SLOT)
+    value = getattr(_config, slot)
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def set_slot(value: Any) -> None:
+def set_slot(value: Any, slot: str = SLOT) -> None:
     """Write the slot, for this thread where the configuration is per thread."""
-    setattr(_config, SLOT, value)
+    setattr(_config, slot, value)
 
 
-def set_slot_default(value: Any) -> bool:
+def set_slot_default(value: Any, slot: str = SLOT) -> bool:
     """Write what a thread sees that has not set the slot itself; False where there is no such value.
 
     Since 2.13 a configuration value is a context variable: what the importing thread sets, other threads do not see.
     """
-    entry = _config._config.get(SLOT)  # type: ignore[attr-defined]
+    entry = _config._config.get(slot)  # type: ignore[attr-defined]
     override = getattr(entry, "user_override", None)
     if entry is None or not hasattr(override, "get"):
         return False

@@ -17,9 +17,13 @@ import torch
 from .. import debug
 from . import _inductor
 from .expand import expand_graph, semantic_operators
-from .switch import is_switched_on
+from .recognise import recognise_graph
+from .switch import is_recognising, is_switched_on
 
-__all__ = ["FsaPass", "PASS", "PassChain", "in_slot", "install", "source_hash", "uninstall", "warn_if_replaced"]
+__all__ = [
+    "FsaPass", "PASS", "PRE_GRAD_PASS", "PassChain", "PreGradPass", "in_slot", "install", "source_hash", "uninstall",
+    "warn_if_replaced",
+]  # fmt: skip
 
 _SOURCES = ("*.py", "*.json")
 
@@ -48,18 +52,37 @@ class FsaPass(_inductor.CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         if is_switched_on():
+            _warn_if_not_recognising()
             expand_graph(graph)
 
     def uuid(self) -> str:
+        # It answers for the pre-grad pass too, whose own uuid is in no cache key on torch 2.11.
         if not is_switched_on():
             return "fsa_compile off"
-        return f"fsa_compile {source_hash()} validating={debug.is_validating()}"
+        return f"fsa_compile {source_hash()} validating={debug.is_validating()} recognising={is_recognising()}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FsaPass:
         return self  # Inductor copies configuration values; identity is how we find ourselves again
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _the_pass, ()
+
+
+class PreGradPass(_inductor.CustomGraphPass):
+    """The pass that recognises plain PyTorch, before autograd; one object per process."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if is_recognising():
+            recognise_graph(graph)
+
+    def uuid(self) -> str:
+        return f"fsa_compile {source_hash()}" if is_recognising() else "fsa_compile recognises nothing"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreGradPass:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _the_pre_grad_pass, ()
 
 
 class PassChain(_inductor.CustomGraphPass):
@@ -83,53 +106,61 @@ class PassChain(_inductor.CustomGraphPass):
 
 
 PASS = FsaPass()
+PRE_GRAD_PASS = PreGradPass()
+_SLOTS = {_inductor.SLOT: PASS, _inductor.PRE_GRAD_SLOT: PRE_GRAD_PASS}
 
 
 def _the_pass() -> FsaPass:
     return PASS
 
 
-def _contains(value: Any) -> bool:
+def _the_pre_grad_pass() -> PreGradPass:
+    return PRE_GRAD_PASS
+
+
+def _contains(value: Any, ours: Any) -> bool:
     if isinstance(value, PassChain):
-        return any(map(_contains, value.passes))
-    return value is PASS
+        return any(_contains(one, ours) for one in value.passes)
+    return value is ours
 
 
-def in_slot() -> bool:
+def in_slot(slot: str = _inductor.SLOT) -> bool:
     """Whether the slot holds the pass, as this thread sees it."""
-    return any(map(_contains, _inductor.slot_passes()))
+    return any(_contains(one, _SLOTS[slot]) for one in _inductor.slot_passes(slot))
 
 
-def _without_ours(value: Any) -> tuple[Any, ...]:
+def _without(value: Any, ours: Any) -> tuple[Any, ...]:
     if isinstance(value, PassChain):
-        return tuple(p for one in value.passes for p in _without_ours(one))
-    return () if value is PASS else (value,)
+        return tuple(p for one in value.passes for p in _without(one, ours))
+    return () if value is ours else (value,)
 
 
-def _write(passes: tuple[Any, ...]) -> None:
+def _write(passes: tuple[Any, ...], slot: str) -> None:
     if len(passes) <= 1:
-        _inductor.set_slot(passes[0] if passes else None)
+        _inductor.set_slot(passes[0] if passes else None, slot)
     else:
-        _inductor.set_slot(list(passes) if _inductor.slot_takes_sequence() else PassChain(*passes))
+        _inductor.set_slot(list(passes) if _inductor.slot_takes_sequence() else PassChain(*passes), slot)
 
 
 def install() -> None:
-    """Put the pass into the slot, after what is there."""
+    """Put each pass into its slot, after what is there."""
     _watch()
-    if not in_slot():
-        if _inductor.slot_passes():
-            _write((*_inductor.slot_passes(), PASS))
-        elif not (_inductor.set_slot_default(PASS) and in_slot()):
-            _inductor.set_slot(PASS)
+    for slot, ours in _SLOTS.items():
+        if not in_slot(slot):
+            if _inductor.slot_passes(slot):
+                _write((*_inductor.slot_passes(slot), ours), slot)
+            elif not (_inductor.set_slot_default(ours, slot) and in_slot(slot)):
+                _inductor.set_slot(ours, slot)
 
 
 def uninstall() -> None:
-    """Take the pass out of the slot; others in it stay."""
-    kept = tuple(p for one in _inductor.slot_passes() for p in _without_ours(one))
-    if in_slot():
-        _inductor.set_slot_default(None)
-        if in_slot():
-            _write(kept)
+    """Take the passes out of their slots; others in them stay."""
+    for slot, ours in _SLOTS.items():
+        kept = tuple(p for one in _inductor.slot_passes(slot) for p in _without(one, ours))
+        if in_slot(slot):
+            _inductor.set_slot_default(None, slot)
+            if in_slot(slot):
+                _write(kept, slot)
 
 
 def _watch() -> None:
@@ -170,6 +201,24 @@ def warn_if_replaced(op: str) -> None:
         f"{op} is called as it is, and cached code is not checked against this package's sources. "
         "torch.compile(options=...) replaces the slot: give it a list with fsa_compile.lowering.PASS in it (torch 2.13 "
         "and later), or set the slot in the configuration and call fsa_compile.enable().",
+        stacklevel=2,
+    )
+
+
+def _warn_if_not_recognising() -> None:
+    """Say, once, that something took the pre-grad pass's place."""
+    slot = _inductor.PRE_GRAD_SLOT
+    if not is_recognising() or in_slot(slot):
+        return
+    found = ", ".join(type(p).__name__ for p in _inductor.slot_passes(slot)) or "None"
+    if f"{slot} {found}" in _warned:
+        return
+    _warned.add(f"{slot} {found}")
+    warnings.warn(
+        f"fsa_compile is enabled, but torch._inductor.config.{slot} holds {found} instead of its pass, so attention "
+        "that is written in plain PyTorch is not recognised. torch.compile(options=...) replaces the slot: give it a "
+        "list with fsa_compile.lowering.PRE_GRAD_PASS in it (torch 2.13 and later), or set the slot in the "
+        "configuration and call fsa_compile.enable().",
         stacklevel=2,
     )
 

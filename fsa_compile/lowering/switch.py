@@ -10,11 +10,12 @@ import sys
 
 from ..on_import import when_imported
 
-__all__ = ["disable", "enable", "is_enabled", "is_switched_on"]
+__all__ = ["disable", "enable", "is_enabled", "is_recognising", "is_switched_on"]
 
 _COMPILER = "torch._inductor.compile_fx"
 _INSTALL = f"{__package__}.install"
 _on = False
+_recognising = True
 
 
 def is_switched_on() -> bool:
@@ -22,14 +23,23 @@ def is_switched_on() -> bool:
     return _on
 
 
-def enable() -> None:
+def is_recognising() -> bool:
+    """Whether attention in plain PyTorch is looked at: switched on, and not with ``recognise=False``."""
+    return _on and _recognising
+
+
+def enable(*, recognise: bool = True) -> None:
     """Switch the lowering on (it is, after ``import fsa_compile``).
 
-    The joint-graph pass is put after whatever sits in ``torch._inductor.config.joint_custom_pre_pass``; call it again
-    after another package has overwritten that slot. Functions that are compiled already stay as they are.
+    The passes are put after whatever sits in ``torch._inductor.config.joint_custom_pre_pass`` and
+    ``pre_grad_custom_pass``; call it again after another package has overwritten one of these slots. Functions that are
+    compiled already stay as they are.
+
+    Args:
+        recognise: whether selected attention that is written in plain PyTorch is found and replaced, too.
     """
-    global _on
-    _on = True
+    global _on, _recognising
+    _on, _recognising = True, recognise
     if _INSTALL in sys.modules:
         _install()
     else:

@@ -1,0 +1,11 @@
+"""Selected attention that was written in plain PyTorch, found before autograd and replaced by the operator.
+
+`anchors` finds attention, `region` cuts out and traces what it is made of, `evaluate` and `values` say what an element
+of a traced node is, `scores` takes an attention apart, `prove` decides, `rewrite` replaces.
+"""
+
+from __future__ import annotations
+
+from .anchors import preview, recognise_graph
+
+__all__ = ["preview", "recognise_graph"]

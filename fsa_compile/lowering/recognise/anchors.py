@@ -1,0 +1,201 @@
+"""Pre-grad pass: attention with a mask, or a softmax between two products, becomes `fsa::selected_attention` if proven.
+
+Nothing here may break a user's model or change its meaning: what is not understood stays as it is, whatever goes wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..sites import Site, report
+from ..switch import is_recognising
+from ..where import where_of
+from . import lookups, values  # their rules register themselves
+from .build import Builder
+from .evaluate import Evaluator, NotUnderstood
+from .prove import prove
+from .region import BLOCKWISE, Graph, Region, function_name, tensor, trace
+from .rewrite import rewrite
+from .scores import Pieces, of_call, of_term
+
+__all__ = ["preview", "recognise_graph"]
+
+log = logging.getLogger(__name__)
+assert lookups, values
+
+_CALL = "scaled_dot_product_attention"
+_SOFTMAX = "softmax, then matmul"
+_PRODUCTS = frozenset(("matmul", "bmm", "einsum", "__matmul__", "baddbmm"))
+_BETWEEN = frozenset(
+    "to type type_as float half bfloat16 double dropout view reshape unflatten flatten permute transpose expand "
+    "contiguous unsqueeze squeeze clone nan_to_num masked_fill where mul getitem".split()
+)
+_HOPS = 6
+
+
+def recognise_graph(graph: fx.Graph) -> list[Site]:
+    """Replace the attention of `graph` that is provably selected attention, and say what became of each."""
+    sites = []
+    for _, site in _recognised(graph):
+        log.info("%s", site)
+        report(site)
+        sites.append(site)
+    return sites
+
+
+def preview(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, str]]:
+    """A copy of the graph as the pass would leave it, and why each call or softmax that is left was left."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    if not is_recognising():
+        return new, {}
+    return new, {source: site.reason for source, site in _recognised(new) if not site.matched}
+
+
+def _recognised(graph: fx.Graph) -> Iterator[tuple[fx.Node, Site]]:
+    state: Graph | None = None
+    for anchor, kind, source in list(_anchors(graph)):
+        matched, reason = False, ""
+        try:
+            state = Graph(graph) if state is None else state
+            reason = _replace(state, anchor, kind)
+            matched, state = True, None
+        except NotUnderstood as why:
+            reason = str(why)
+        except Exception as error:
+            log.warning("%s stays as it is: %s: %s", kind, type(error).__name__, error, exc_info=True)
+            reason = f"could not be looked into: {type(error).__name__}: {error}"
+        yield source, Site(kind, matched, None, reason=reason, where=where_of(source))
+
+
+def _anchors(graph: fx.Graph) -> Iterator[tuple[fx.Node, str, fx.Node]]:
+    """What may be replaced, its kind, and the call or softmax."""
+    for node in graph.nodes:
+        name = function_name(node)
+        if name == _CALL:
+            yield node, _CALL, node
+        elif name == "softmax":
+            for product in _products(node):
+                yield product, _SOFTMAX, node
+
+
+def _products(softmax: fx.Node) -> Iterator[fx.Node]:
+    """The products that take the probabilities, a few casts and views on."""
+    seen: set[fx.Node] = set()
+    frontier = [softmax]
+    for _ in range(_HOPS):
+        following: list[fx.Node] = []
+        for node in frontier:
+            for user in node.users:
+                name = function_name(user)
+                if user in seen:
+                    continue
+                seen.add(user)
+                if name in _PRODUCTS:
+                    yield user
+                elif name in _BETWEEN:
+                    following.append(user)
+        frontier = following
+
+
+def _replace(graph: Graph, anchor: fx.Node, kind: str) -> str:
+    """Replace one anchor; raises `NotUnderstood` where it stays."""
+    if kind == _CALL:
+        call = _bound_call(anchor)
+    region = graph.region(anchor)
+    if not region.names() & BLOCKWISE:
+        raise NotUnderstood("dense attention, not NSA: nothing in its mask is made of block ids")
+    value = tensor(anchor)
+    fake_mode = getattr(value, "fake_mode", None)
+    if fake_mode is None:
+        raise NotUnderstood("its value was not captured")
+    ev = Evaluator()
+    if kind == _CALL:
+        traced, pieces = _pieces_of_call(ev, region, call, fake_mode)
+    else:
+        traced = trace(region, [anchor], fake_mode)
+        _guard_scattered_rows(traced)
+        (result,) = _results(traced)
+        if result.meta["val"].dtype != value.dtype:  # type: ignore[union-attr]
+            raise NotUnderstood("it was captured under another autocast")
+        pieces = of_term(ev, result)
+    proof = prove(pieces)
+    builder = Builder(ev, anchor, region, traced, fake_mode)
+    try:
+        new = rewrite(proof, builder)
+    except BaseException:
+        builder.undo()
+        raise
+    anchor.replace_all_uses_with(new)
+    anchor.graph.erase_node(anchor)
+    return f"recognised as selected attention, blocks of {proof.block_size}"
+
+
+def _bound_call(node: fx.Node) -> dict[str, Any]:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    call: dict[str, Any] = dict.fromkeys(names)
+    call.update(zip(names, node.args, strict=False))
+    call.update(node.kwargs)
+    if call["attn_mask"] is None:
+        raise NotUnderstood("dense attention, not NSA: it has no mask")
+    if call["dropout_p"]:
+        raise NotUnderstood("it drops out probabilities")
+    if call["is_causal"]:
+        raise NotUnderstood("it has both a mask and is_causal")
+    if call["scale"] is not None and not isinstance(call["scale"], (int, float)):
+        raise NotUnderstood("its scale is not a constant")
+    if not all(isinstance(call[name], fx.Node) for name in names[:4]):
+        raise NotUnderstood("its operands are constants")
+    return call
+
+
+def _pieces_of_call(
+    ev: Evaluator, region: Region, call: dict[str, Any], fake_mode: Any
+) -> tuple[fx.GraphModule, Pieces]:
+    operands = [call[name] for name in ("query", "key", "value", "attn_mask")]
+    _require_equal_sizes(operands)
+    # The call itself stays out of the trace: what it decomposes into depends on the device.
+    inner = Region(region.nodes[:-1], region.inputs, region.autocast)
+    traced = trace(inner, operands, fake_mode)
+    _guard_scattered_rows(traced)
+    q, k, v, mask = _results(traced)
+    return traced, of_call(ev, q, k, v, mask, call["scale"], bool(call["enable_gqa"]))
+
+
+def _require_equal_sizes(operands: list[fx.Node]) -> None:
+    """Guard what the call itself requires of its operands' sizes, which fake tensors need not have noticed."""
+    q, k, v, mask = (x.shape for x in map(tensor, operands) if x is not None)
+    pairs: list[tuple[Any, Any]] = [(k[-2], v[-2]), (mask[-2], q[-2]), (mask[-1], k[-2]), (q[0], k[0]), (k[0], v[0])]
+    if len(mask) == len(q):
+        pairs.append((mask[0], q[0]))
+    for a, b in pairs:
+        _guard_equal(a, b)
+
+
+def _guard_scattered_rows(traced: fx.GraphModule) -> None:
+    """A scatter may write a part of the rows; that it writes all of them is a guard where sizes are dynamic."""
+    for node in traced.graph.nodes:
+        if str(node.target).startswith("aten.scatter"):
+            base, dim, at = (x.meta["val"] if isinstance(x, fx.Node) else x for x in node.args[:3])
+            for d in range(at.dim()):
+                if d != dim % at.dim():
+                    _guard_equal(at.shape[d], base.shape[d])
+
+
+def _guard_equal(a: Any, b: Any) -> None:
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr != b.node.expr:
+        if a.node.has_hint() and b.node.has_hint() and a.node.hint == b.node.hint:
+            bool(a == b)
+
+
+def _results(traced: fx.GraphModule) -> list[fx.Node]:
+    (output,) = (n for n in traced.graph.nodes if n.op == "output")
+    results: Any = output.args[0]
+    if not all(isinstance(n, fx.Node) and isinstance(n.meta["val"], torch.Tensor) for n in results):
+        raise NotUnderstood("its operands are constants")
+    return list(results)

@@ -1,0 +1,297 @@
+"""What an ATen node's element at an index is, as a term.
+
+Nodes that only move elements are looked through; of the others, those that masks and scores are made of have a rule in
+`values`. Everything else is opaque: `At(node, index)`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .index import Poly, Size, Var, is_nonneg
+from .terms import Apply, At, Const, Int, Softmax, Term
+
+__all__ = ["MOVES", "VALUES", "Evaluator", "Index", "NotUnderstood", "axis_of", "move", "value", "with_axis"]
+
+Index = tuple[Poly, ...]
+Move = Callable[..., "tuple[fx.Node, Index]"]
+MOVES: dict[str, Move] = {}  # "aten.view.default": index of the result -> (argument, index in it)
+VALUES: dict[str, Callable[..., Term | None]] = {}
+_MOST_STEPS = 20_000
+
+
+class NotUnderstood(Exception):
+    """Why something is not recognised, in words for the user."""
+
+
+def move(*names: str) -> Callable[[Move], Move]:
+    """Register how operators move elements."""
+    return lambda fn: MOVES.update(dict.fromkeys([f"aten.{name}" for name in names], fn)) or fn
+
+
+def value(*names: str) -> Callable[[Callable[..., Term | None]], Callable[..., Term | None]]:
+    """Register what operators compute. A rule gives None where it does not say."""
+    return lambda fn: VALUES.update(dict.fromkeys([f"aten.{name}" for name in names], fn)) or fn
+
+
+class Evaluator:
+    """Terms of the nodes of one traced region."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[fx.Node, Index], Term] = {}
+        self.symbols: dict[str, sympy.Expr] = {}
+        self._fresh = itertools.count()
+        self._steps = 0
+
+    def var(self, name: str, size: Any) -> Var:
+        """A new index variable."""
+        return Var(f"{name}{next(self._fresh)}", self.size(size))
+
+    def value(self, node: Any, index: Sequence[Poly]) -> Term:
+        """The element of `node` at `index`; fewer indices than axes, or an axis of size 1, broadcast."""
+        index = tuple(index)
+        key = (node, index)
+        if key not in self.known:
+            self._steps += 1
+            if self._steps > _MOST_STEPS:
+                raise NotUnderstood("the computation around it is too large to be looked into")
+            self.known[key] = self._value(node, index)
+        return self.known[key]
+
+    def _value(self, node: fx.Node, index: Index) -> Term:
+        assert len(index) == len(self.shape(node)), (node, index)
+        name = str(node.target)
+        if node.op == "get_attr":
+            held = getattr(node.graph.owning_module, name)
+            held = getattr(held, "constant", held)  # what a fake tensor of one number knows of it
+            if type(held) is torch.Tensor and held.numel() == 1:
+                number = held.item()
+                return Int(Poly.of(number)) if type(number) is int else Const(number)
+        if name in MOVES:
+            return self.value(*MOVES[name](self, index, *node.args, **node.kwargs))
+        if name in VALUES:
+            found = VALUES[name](self, node, index, *node.args, **node.kwargs)
+            if found is not None:
+                return found
+        return At(node, index)
+
+    def operand_of_product(self, node: fx.Node, index: Sequence[Poly]) -> Term:
+        """As `value`, but an element that is neither a multiple of a tensor's nor of a softmax is not looked into."""
+        found = self.value(node, index)
+        if _is_multiple(found) or holds_softmax(found):
+            return found
+        index = tuple(index)
+        while str(node.target) in MOVES:
+            node, index = MOVES[str(node.target)](self, index, *node.args, **node.kwargs)
+        return At(node, index)
+
+    def shape(self, node: fx.Node) -> tuple[Poly, ...]:
+        """Sizes of a node's axes."""
+        shape = tuple(self.size(n) for n in node.meta["val"].shape)
+        if any(n.constant == 0 for n in shape):
+            raise NotUnderstood("a tensor in it is empty")
+        return shape
+
+    def size(self, n: Any) -> Poly:
+        """A size, or an integer argument, as a polynomial."""
+        if isinstance(n, Poly):
+            return n
+        if isinstance(n, fx.Node):
+            n = n.meta["val"]
+        if isinstance(n, torch.SymInt):
+            return self._expression(n.node.expr)
+        if isinstance(n, int) and not isinstance(n, bool):
+            return Poly.of(n)
+        raise NotUnderstood(f"{n!r} is not an integer")
+
+    def _expression(self, e: Any) -> Poly:
+        if e.is_Integer:
+            return Poly.of(int(e))
+        if e.is_Symbol:
+            if not str(e).startswith("s"):
+                raise NotUnderstood(f"the size {e} is known only on the device")
+            self.symbols[str(e)] = e
+            return Poly.of(Size(str(e)))
+        parts = [self._expression(arg) for arg in e.args]
+        name = type(e).__name__
+        if name == "Add":
+            return sum(parts, Poly.of(0))
+        if name == "Mul":
+            product = Poly.of(1)
+            for part in parts:
+                product = product * part
+            return product
+        if name == "Pow" and parts[1].constant in (2, 3):
+            return parts[0] * parts[0] * (parts[0] if parts[1].constant == 3 else 1)
+        if name in ("FloorDiv", "CleanDiv"):
+            return parts[0] // parts[1]
+        if name in ("Mod", "PythonMod"):
+            return parts[0] % parts[1]
+        raise NotUnderstood(f"the size {e} is not understood")
+
+    def aligned(self, node: fx.Node, index: Index) -> Index:
+        """The index into an operand that is broadcast."""
+        shape = self.shape(node)
+        index = index[len(index) - len(shape) :]
+        return tuple(Poly.of(0) if n.constant == 1 else i for i, n in zip(index, shape, strict=True))
+
+    def operand(self, x: Any, index: Index) -> Term:
+        """The value of a broadcast operand, which may be a number."""
+        if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor):
+            return self.value(x, self.aligned(x, index))
+        if isinstance(x, (fx.Node, torch.SymInt)):
+            return Int(self.size(x))
+        if isinstance(x, (bool, int, float)):
+            return Int(Poly.of(x)) if type(x) is int else Const(x)
+        raise NotUnderstood(f"an operand {x!r}")
+
+
+def _is_multiple(x: Any) -> bool:
+    while isinstance(x, Apply) and x.name in ("mul", "cast"):
+        x = x.args[0]
+    return isinstance(x, At)
+
+
+def holds_softmax(x: Any) -> bool:
+    """Whether there is a softmax in a term."""
+    return isinstance(x, Softmax) or (isinstance(x, Apply) and any(map(holds_softmax, x.args)))
+
+
+def axis_of(ndim: int, dim: int) -> int:
+    return dim % ndim if ndim else 0
+
+
+def with_axis(index: Index, dim: int, new: Poly) -> Index:
+    return (*index[:dim], new, *index[dim + 1 :])
+
+
+# ---- operators that move elements ----
+
+
+@move(
+    "clone.default", "alias.default", "lift_fresh.default", "contiguous.default",
+    "lift_fresh_copy.default",
+)  # fmt: skip
+def _same(ev: Evaluator, index: Index, x: fx.Node, **_: Any) -> tuple[fx.Node, Index]:
+    return x, index
+
+
+@move("view.default", "_unsafe_view.default", "reshape.default")
+def _view(ev: Evaluator, index: Index, x: fx.Node, size: Sequence[Any]) -> tuple[fx.Node, Index]:
+    sizes = _view_sizes(ev, x, size)
+    old = ev.shape(x)
+    # Axes that stay in place at the left are not flattened: less to divide again.
+    kept = 0
+    while kept < min(len(old), len(sizes)) and old[kept] == sizes[kept]:
+        kept += 1
+    flat = Poly.of(0)
+    for i, n in zip(index[kept:], sizes[kept:], strict=True):
+        flat = flat * n + i
+    found: list[Poly] = []
+    for n in reversed(old[kept:]):
+        found.append(flat % n if n.constant != 1 else Poly.of(0))
+        flat = flat // n
+    return x, (*index[:kept], *reversed(found))
+
+
+def _view_sizes(ev: Evaluator, x: fx.Node, size: Sequence[Any]) -> list[Poly]:
+    sizes = [Poly.of(-1) if isinstance(n, int) and n == -1 else ev.size(n) for n in size]
+    if Poly.of(-1) in sizes:
+        total = known = Poly.of(1)
+        for n in ev.shape(x):
+            total = total * n
+        for n in sizes:
+            known = known * n if n.constant != -1 else known
+        missing = total.divided(known)
+        if missing is None:
+            raise NotUnderstood("a view's size is not understood")
+        sizes = [missing if n.constant == -1 else n for n in sizes]
+    return sizes
+
+
+@move("expand.default")
+def _expand(ev: Evaluator, index: Index, x: fx.Node, size: Any, **_: Any) -> tuple[fx.Node, Index]:
+    return x, ev.aligned(x, index)
+
+
+@move("repeat.default")
+def _repeat(ev: Evaluator, index: Index, x: fx.Node, repeats: Any) -> tuple[fx.Node, Index]:
+    shape = ev.shape(x)
+    index = index[len(index) - len(shape) :]
+    return x, tuple(i % n for i, n in zip(index, shape, strict=True))
+
+
+@move("permute.default")
+def _permute(ev: Evaluator, index: Index, x: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, Index]:
+    old: list[Poly] = [Poly.of(0)] * len(dims)
+    for i, dim in zip(index, dims, strict=True):
+        old[axis_of(len(dims), dim)] = i
+    return x, tuple(old)
+
+
+@move("transpose.int")
+def _transpose(ev: Evaluator, index: Index, x: fx.Node, a: int, b: int) -> tuple[fx.Node, Index]:
+    dims = list(range(len(index)))
+    a, b = axis_of(len(dims), a), axis_of(len(dims), b)
+    dims[a], dims[b] = dims[b], dims[a]
+    return _permute(ev, index, x, dims)
+
+
+@move("t.default")
+def _t(ev: Evaluator, index: Index, x: fx.Node) -> tuple[fx.Node, Index]:
+    return (x, index) if len(index) < 2 else _transpose(ev, index, x, -1, -2)
+
+
+@move("unsqueeze.default")
+def _unsqueeze(ev: Evaluator, index: Index, x: fx.Node, dim: int) -> tuple[fx.Node, Index]:
+    dim = axis_of(len(index), dim)
+    return x, (*index[:dim], *index[dim + 1 :])
+
+
+@move("squeeze.dim", "squeeze.dims", "squeeze.default")
+def _squeeze(ev: Evaluator, index: Index, x: fx.Node, dim: Any = None) -> tuple[fx.Node, Index]:
+    shape = ev.shape(x)
+    dims = range(len(shape)) if dim is None else [dim] if isinstance(dim, int) else dim
+    gone = {axis_of(len(shape), d) for d in dims if shape[axis_of(len(shape), d)].constant == 1}
+    left = iter(index)
+    return x, tuple(Poly.of(0) if d in gone else next(left) for d in range(len(shape)))
+
+
+@move("slice.Tensor")
+def _slice(
+    ev: Evaluator, index: Index, x: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> tuple[fx.Node, Index]:
+    dim = axis_of(len(index), dim)
+    if start is None or (isinstance(start, int) and start == 0):
+        first = Poly.of(0)
+    else:
+        first, size = ev.size(start), ev.shape(x)[dim]
+        if is_nonneg(first * -1 - 1):
+            first = first + size
+        if not is_nonneg(first) or not is_nonneg(size - first):
+            raise NotUnderstood("a slice's start may lie outside of what is sliced")
+    return x, with_axis(index, dim, first + index[dim] * ev.size(step))
+
+
+@move("select.int")
+def _select(ev: Evaluator, index: Index, x: fx.Node, dim: int, i: Any) -> tuple[fx.Node, Index]:
+    shape = ev.shape(x)
+    dim, at = axis_of(len(shape), dim), ev.size(i)
+    if is_nonneg(at * -1 - 1):
+        at = at + shape[dim]
+    return x, (*index[:dim], at, *index[dim:])
+
+
+@move("flip.default")
+def _flip(ev: Evaluator, index: Index, x: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, Index]:
+    shape = ev.shape(x)
+    for dim in dims:
+        dim = axis_of(len(shape), dim)
+        index = with_axis(index, dim, shape[dim] - 1 - index[dim])
+    return x, index

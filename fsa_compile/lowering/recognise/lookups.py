@@ -1,0 +1,240 @@
+"""Rules for reductions, products, softmax, and for reading and writing at computed places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .evaluate import Evaluator, Index, axis_of, value, with_axis
+from .index import Poly, Var, is_nonneg
+from .terms import Apply, At, Const, Int, Reduce, Softmax, Term, all_of, apply, equal, exists, negate
+from .values import choice, constant, is_float, is_truth, number_of, truth_of
+
+# ---- reductions ----
+
+
+def _reduced(ev: Evaluator, x: fx.Node, index: Index, dims: Any, keepdim: bool, name: str) -> tuple[list[Var], Index]:
+    shape = ev.shape(x)
+    dims = range(len(shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    gone = {axis_of(len(shape), d) for d in dims}
+    left = iter([i for d, i in enumerate(index) if not (keepdim and d in gone)])
+    names: list[Var] = []
+    inner: list[Poly] = []
+    for d, n in enumerate(shape):
+        if d in gone:
+            names.append(ev.var(name, n))
+            inner.append(Poly.of(names[-1]) if n.constant != 1 else Poly.of(0))
+        else:
+            inner.append(next(left))
+    return names, tuple(inner)
+
+
+@value("any.dim", "any.dims", "any.default")
+def _any(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: Any = None, keepdim: bool = False) -> Term:
+    names, inner = _reduced(ev, x, index, dim, keepdim, "any")
+    found = truth_of(ev, x, inner)
+    for name in names:
+        found = exists(name, found)
+    return found
+
+
+@value("all.dim", "all.dims", "all.default")
+def _all(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: Any = None, keepdim: bool = False) -> Term:
+    names, inner = _reduced(ev, x, index, dim, keepdim, "all")
+    found = negate(truth_of(ev, x, inner))
+    for name in names:
+        found = exists(name, found)
+    return negate(found)
+
+
+@value("sum.dim_IntList")
+def _sum_dim(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: Any, keepdim: bool = False, **_: Any
+) -> Term | None:
+    names, inner = _reduced(ev, x, index, dim, keepdim, "sum")
+    body = ev.value(x, inner)
+    if is_truth(body):
+        body = apply("truth", body)
+    return Reduce("sum", names[0], body) if len(names) == 1 else None
+
+
+@value("amax.default")
+def _amax(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: Any = None, keepdim: bool = False) -> Any:
+    names, inner = _reduced(ev, x, index, dim, keepdim, "max")
+    body = ev.value(x, inner)
+    kind = body.args[0] if isinstance(body, Apply) and body.name == "truth" else body
+    if not is_truth(kind):
+        return None
+    for name in names:
+        kind = exists(name, kind)
+    return kind if node.meta["val"].dtype == torch.bool else apply("truth", kind)
+
+
+@value("_softmax.default")
+def _softmax(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: int, half_to_float: bool) -> Term:
+    dim = axis_of(len(index), dim)
+    name = ev.var("w", ev.shape(x)[dim])
+    return Softmax(name, ev.value(x, with_axis(index, dim, Poly.of(name))), index[dim])
+
+
+@value("bmm.default", "mm.default")
+def _matmul(ev: Evaluator, node: fx.Node, index: Index, a: fx.Node, b: fx.Node, **_: Any) -> Term:
+    name = ev.var("e", ev.shape(a)[-1])
+    left = ev.operand_of_product(a, (*index[:-1], Poly.of(name)))
+    right = ev.operand_of_product(b, (*index[:-2], Poly.of(name), index[-1]))
+    return Reduce("sum", name, apply("dot", left, right))
+
+
+@value("baddbmm.default")
+def _baddbmm(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, a: fx.Node, b: fx.Node, beta: Any = 1, alpha: Any = 1
+) -> Term | None:
+    if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
+        return None
+    product = apply("mul", _matmul(ev, node, index, a, b), Const(float(alpha)))
+    if beta == 0:
+        return product
+    return apply("add", ev.operand(x, index), product) if beta == 1 else None
+
+
+# ---- lookups ----
+
+
+@value("gather.default")
+def _gather(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: int, at: fx.Node, **_: Any) -> Term | None:
+    dim = axis_of(len(index), dim)
+    found = ev.value(at, index)
+    if not isinstance(found, Int) or not is_nonneg(found.poly):
+        return None
+    return ev.value(x, with_axis(index, dim, found.poly))
+
+
+@value("index_select.default")
+def _index_select(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: int, at: fx.Node) -> Term | None:
+    dim = axis_of(len(index), dim)
+    found = ev.value(at, (index[dim],))
+    if not isinstance(found, Int) or not is_nonneg(found.poly):
+        return None
+    return ev.value(x, with_axis(index, dim, found.poly))
+
+
+@value("index.Tensor")
+def _index(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, at: Sequence[Any]) -> Term | None:
+    shape = ev.shape(x)
+    by = [d for d, one in enumerate(at) if one is not None]
+    if any(at[d].meta["val"].dtype == torch.bool for d in by):
+        return None
+    rank = max(len(ev.shape(at[d])) for d in by)
+    together = by == list(range(by[0], by[-1] + 1))
+    first = by[0] if together else 0
+    place, rest = index[first : first + rank], [*index[:first], *index[first + rank :]]
+    inner: list[Poly] = []
+    for d in range(len(shape)):
+        if d in by:
+            found = ev.operand(at[d], place)
+            if not isinstance(found, Int) or not is_nonneg(found.poly):
+                return None
+            inner.append(found.poly)
+        else:
+            inner.append(rest.pop(0))
+    return ev.value(x, tuple(inner))
+
+
+@value("scatter.value", "scatter.src", "scatter.reduce", "scatter.value_reduce", "scatter_add.default")
+def _scatter(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: int, at: fx.Node, src: Any, reduce: str | None = None
+) -> Term | None:
+    name = str(node.target)
+    dim = axis_of(len(index), dim)
+    adds = name == "aten.scatter_add.default" or reduce == "add"
+    if reduce not in (None, "add"):
+        return None
+    var, shape = ev.var("s", ev.shape(at)[dim]), ev.shape(at)
+    if any(a != b for d, (a, b) in enumerate(zip(shape, ev.shape(x), strict=True)) if d != dim):
+        return None  # writes a part of the rows only
+    here = with_axis(index, dim, Poly.of(var) if shape[dim].constant != 1 else Poly.of(0))
+    hit = equal(ev.value(at, here), Int(index[dim]))
+    base = ev.value(x, index)
+    written = ev.value(src, here) if isinstance(src, fx.Node) else constant(node, src)
+    if written is None:
+        return None
+    if adds:
+        # A sum of what is not negative is positive iff one of its terms is.
+        counted = written.args[0] if isinstance(written, Apply) and written.name == "truth" else None
+        if counted is None and number_of(written) == 1:
+            counted = Const(True)
+        if counted is None or number_of(base) != 0:
+            return None
+        return Reduce("sum", var, apply("truth", all_of(hit, counted)))
+    if not isinstance(written, (Const, Int)) or number_of(written) is None:
+        return None  # which of two writes to one place stays is not defined
+    return choice(ev, node, exists(var, hit), written, base)
+
+
+@value("scatter_reduce.two")
+def _scatter_reduce(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: int, at: fx.Node, src: fx.Node, reduce: str,
+    include_self: bool = True,
+) -> Term | None:  # fmt: skip
+    if not include_self or reduce not in ("sum", "amax"):
+        return None
+    added = _scatter(ev, node, index, x, dim, at, src, "add")
+    if reduce == "sum" or not isinstance(added, Reduce) or not isinstance(added.body, Apply):
+        return added if reduce == "sum" else None
+    return apply("truth", exists(added.var, added.body.args[0]))
+
+
+@value("index_put.default")
+def _index_put(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, at: Sequence[Any], src: fx.Node, accumulate: bool = False
+) -> Term | None:
+    if accumulate or any(one is None for one in at) or len(at) != len(index):
+        return None
+    written = ev.value(src, ()) if len(ev.shape(src)) == 0 else None
+    if written is None or number_of(written) is None or any(one.meta["val"].dtype == torch.bool for one in at):
+        return None
+    sizes: list[Poly] = []
+    for one in at:
+        shape = ev.shape(one)
+        for k, n in enumerate(reversed(shape)):
+            if k == len(sizes):
+                sizes.append(n)
+            elif sizes[k].constant == 1:
+                sizes[k] = n
+    names = [ev.var("s", n) for n in reversed(sizes)]
+    here = tuple(Poly.of(v) if v.size.constant != 1 else Poly.of(0) for v in names)
+    hits = []
+    for one, i in zip(at, index, strict=True):
+        inner = ev.aligned(one, here)
+        ids = ev.value(one, inner)
+        if isinstance(ids, Int) and not is_nonneg(ids.poly):
+            return None
+        # A negative index counts from the end: it writes too, and is not one of the ids.
+        hits.append(equal(ids, Int(i)))
+        if not isinstance(ids, Int) and not _never_negative(ids):
+            return None
+    found = all_of(*hits)
+    for name in names:
+        found = exists(name, found)
+    return choice(ev, node, found, written, ev.value(x, index))
+
+
+def _never_negative(x: Term) -> bool:
+    return isinstance(x, Apply) and x.name == "clamped"
+
+
+@value("clamp.default", "clamp_min.default", "clamp.Tensor")
+def _clamp(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, low: Any = None, high: Any = None) -> Term | None:
+    found = ev.value(x, index)
+    if isinstance(found, Int):
+        if (low is None or is_nonneg(found.poly - ev.size(low))) and (
+            high is None or is_nonneg(ev.size(high) - found.poly)
+        ):
+            return found
+        return None
+    if isinstance(low, int) and low >= 0 and not is_float(node):
+        return apply("clamped", At(node, index))
+    return None

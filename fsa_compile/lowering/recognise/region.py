@@ -1,0 +1,267 @@
+"""The part of a pre-grad graph that an attention is made of, cut out and traced to functional ATen.
+
+A pre-grad graph has in-place operators and views. What is cut out holds every write to the storages that it makes, in
+order; a tensor from outside must not be written to between its use in there and the attention.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .evaluate import NotUnderstood
+
+__all__ = ["BLOCKWISE", "Graph", "Region", "function_name", "trace"]
+
+# By name, whether a function, a method or an operator. Products of two tensors are left out but for the attention's
+# own; so are `detach`, which is not what it holds, and whatever draws random numbers.
+_MOVES = """
+    view reshape expand expand_as view_as reshape_as permute transpose swapaxes swapdims movedim moveaxis t mT T
+    unsqueeze squeeze flatten unflatten contiguous clone repeat tile repeat_interleave getitem narrow select
+    flip roll index_select gather take_along_dim unbind split chunk tensor_split cat concat stack hstack pad
+    rearrange broadcast_to adjoint getattr __getitem__ dropout
+"""
+_MAKES = """
+    zeros ones full empty arange zeros_like ones_like full_like new_zeros new_ones new_full tensor scalar_tensor
+    tril triu one_hot meshgrid eye
+"""
+_POINTWISE = """
+    to type type_as float half bfloat16 double bool int long lt le gt ge eq ne __eq__ __ne__ __lt__ __le__
+    __gt__ __ge__ less less_equal greater greater_equal not_equal and_ or_ xor inv invert not_ logical_and
+    logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_right_shift rshift __and__
+    __or__ __invert__ __rshift__ where masked_fill clamp clamp_min clamp_max clip minimum maximum add sub rsub
+    subtract neg floordiv floor_divide remainder mod mul truediv div divide multiply isin __add__ __radd__
+    __sub__ __rsub__ __mul__ __rmul__ __truediv__ __floordiv__ __mod__ nan_to_num
+"""
+_REDUCES = "any all sum amax max"
+_WRITES = """
+    scatter scatter_add scatter_reduce index_put index_fill scatter_ scatter_add_ scatter_reduce_ index_put_
+    index_fill_ setitem fill_ zero_ masked_fill_ logical_and_ logical_or_ logical_not_ bitwise_and_ bitwise_or_
+    iand ior mul_ div_ add_ sub_ imul iadd isub itruediv tril_ triu_ copy_ __iand__ __ior__
+"""
+_ATTENTION = "softmax matmul bmm baddbmm einsum __matmul__ __rmatmul__"
+_ALLOWED = frozenset(" ".join((_MOVES, _MAKES, _POINTWISE, _REDUCES, _WRITES, _ATTENTION)).split())
+_FLOAT_PRODUCTS = frozenset(("mul", "multiply", "__mul__", "__rmul__", "truediv", "div", "divide", "__truediv__"))
+# One of these has to be there for a mask to be made of block ids.
+BLOCKWISE = frozenset(
+    "scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_put index_put_ setitem one_hot any "
+    "isin amax max sum".split()
+)
+_IN_PLACE_OPERATORS = frozenset(
+    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul setitem".split()
+)
+_NAMED: dict[str, Callable[..., Any]] = {
+    "ior": lambda a, b: a.copy_(torch.bitwise_or(a, b)),
+    "iand": lambda a, b: a.copy_(torch.bitwise_and(a, b)),
+}
+_MOST_NODES = 400
+
+
+def function_name(node: fx.Node) -> str:
+    """The name of what a node calls, without its namespace; empty if it calls nothing."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name).split("::")[-1]
+    return str(getattr(target, "__name__", target))
+
+
+def tensor(node: Any) -> torch.Tensor | None:
+    """What the node gave while it was captured, if that is one tensor."""
+    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _storage(node: Any) -> int | None:
+    found = tensor(node)
+    return None if found is None else found.untyped_storage()._cdata
+
+
+def written(node: fx.Node) -> list[Any]:
+    """The arguments that a node writes to."""
+    name = function_name(node)
+    if not name or (node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)):
+        return [n for n in node.all_input_nodes if "mutation" in name]
+    found: list[Any] = [node.kwargs["out"]] if isinstance(node.kwargs.get("out"), fx.Node) else []
+    schema = getattr(node.target, "_schema", None)
+    if schema is None and isinstance(node.target, torch._ops.OpOverloadPacket):
+        schema = getattr(node.target, "default", None) and node.target.default._schema
+    if schema is not None:
+        return [
+            node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
+            for i, a in enumerate(schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
+    dunder = name.startswith("__") and name.endswith("__")
+    in_place = name.endswith("_") and not dunder and not (node.op == "call_function" and _is_operator(node.target))
+    in_place = in_place or node.kwargs.get("inplace") is True or (dunder and name[2:-2] in _IN_PLACE_OPERATORS)
+    if in_place or (name in _IN_PLACE_OPERATORS and _is_operator(node.target)):
+        found.append(node.args[0] if node.args else None)
+    return found
+
+
+def _is_operator(target: Any) -> bool:
+    return getattr(operator, getattr(target, "__name__", ""), None) is target  # `operator.and_` writes nothing
+
+
+@dataclass
+class Graph:
+    """A pre-grad graph with what its nodes write."""
+
+    graph: fx.Graph
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    writes: dict[int, list[fx.Node]] = field(default_factory=dict)  # by storage
+    autocast: list[tuple[int, int, tuple[Any, ...]]] = field(default_factory=list)
+    unknown_writes: list[fx.Node] = field(default_factory=list)
+    grad_modes: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        open_: dict[fx.Node, int] = {}
+        grad_mode: Any = None  # of the caller
+        for i, node in enumerate(self.graph.nodes):
+            self.order[node] = i
+            name = function_name(node)
+            if name == "_set_grad_enabled":
+                grad_mode = node.args[0]
+            self.grad_modes[node] = grad_mode
+            if "inference_mode" in name:
+                self.unknown_writes.append(node)
+            if name == "_enter_autocast":
+                open_[node] = i
+            elif name == "_exit_autocast" and node.args[0] in open_:
+                enter: Any = node.args[0]
+                self.autocast.append((open_.pop(enter), i, enter.args))
+            for target in written(node):
+                storage = _storage(target)
+                if storage is None:
+                    self.unknown_writes.append(node)
+                else:
+                    self.writes.setdefault(storage, []).append(node)
+        self.autocast += [(i, len(self.order), node.args) for node, i in open_.items()]
+
+    def region(self, anchor: fx.Node) -> Region:
+        """The region that ends in `anchor`, which comes last of its nodes."""
+        last = self.order[anchor]
+        if any(self.order[node] < last for node in self.unknown_writes):
+            raise NotUnderstood("something before it writes to a tensor that cannot be told")
+        inside: set[fx.Node] = set()
+        pending = [anchor]
+        while pending:
+            node = pending.pop()
+            if node in inside or (node is not anchor and not _is_allowed(node)):
+                continue
+            if self.grad_modes[node] != self.grad_modes[anchor] and _needs_grad(node):
+                continue  # made again at the anchor, it would have a gradient
+            inside.add(node)
+            if len(inside) > _MOST_NODES:
+                raise NotUnderstood("the computation around it is too large to be looked into")
+            pending += node.all_input_nodes
+            for storage in {_storage(node), *map(_storage, written(node))} - {None}:
+                pending += [w for w in self.writes.get(storage, ()) if self.order[w] < last]  # type: ignore[arg-type]
+        nodes = sorted(inside, key=self.order.__getitem__)
+        inputs: dict[fx.Node, None] = {}
+        first_use: dict[int, int] = {}
+        for node in nodes:
+            for source in node.all_input_nodes:
+                if source not in inside:
+                    inputs[source] = None
+                    storage = _storage(source)
+                    if storage is not None:
+                        first_use.setdefault(storage, self.order[node])
+        for storage, use in first_use.items():
+            if any(use <= self.order[w] < last for w in self.writes.get(storage, ())):
+                raise NotUnderstood("one of its inputs is written to in place before it")
+        context = [args for begin, end, args in self.autocast if begin < last < end]
+        begins = [begin for begin, end, _ in self.autocast if begin < last < end]
+        crossed = [i for begin, end, _ in self.autocast for i in (begin, end)]
+        if any(self.order[nodes[0]] < i < last for i in crossed):
+            raise NotUnderstood("autocast is switched on or off in the middle of it")
+        assert len(begins) == len(context)
+        return Region(nodes, list(inputs), context)
+
+
+@dataclass
+class Region:
+    """Nodes in order, the last of them the attention, and the nodes that they take from outside."""
+
+    nodes: list[fx.Node]
+    inputs: list[fx.Node]
+    autocast: list[tuple[Any, ...]]
+
+    def names(self) -> set[str]:
+        return {function_name(node) for node in self.nodes}
+
+
+def _is_allowed(node: fx.Node) -> bool:
+    name = function_name(node)
+    if name in ("size", "getattr") and isinstance(node.meta.get("example_value"), torch.Size):
+        return True
+    if name not in _ALLOWED or tensor(node) is None:
+        # of what gives several tensors or a size, the giver is not looked into
+        return False
+    if name in ("getitem", "getattr") and tensor(node.args[0]) is None:
+        return False
+    if name in _FLOAT_PRODUCTS:
+        tensors = [t for t in map(tensor, node.all_input_nodes) if t is not None]
+        return sum(t.is_floating_point() and t.dim() > 0 for t in tensors) < 2 or _is_mask_like(node)
+    if name == "getattr":
+        return node.args[1] in ("T", "mT")
+    return node.op in ("call_function", "call_method")
+
+
+def _needs_grad(node: fx.Node) -> bool:
+    return any(t.requires_grad for t in map(tensor, (node, *node.all_input_nodes)) if t is not None)
+
+
+def _is_mask_like(node: fx.Node) -> bool:
+    """A product of two masks that are held as numbers: neither carries a gradient."""
+    return not _needs_grad(node)
+
+
+def trace(region: Region, results: Iterable[fx.Node], fake_mode: Any) -> fx.GraphModule:
+    """The region as functional ATen: a graph of `inputs` that gives `results`, each with its fake value in `val`."""
+    wanted = list(results)
+
+    def run(*values: Any) -> Any:
+        known: dict[fx.Node, Any] = dict(zip(region.inputs, values, strict=True))
+        for node in region.nodes:
+            if node in known:
+                continue
+            args: Any = fx.node.map_arg(node.args, known.__getitem__)
+            kwargs: Any = fx.node.map_arg(node.kwargs, known.__getitem__)
+            if function_name(node).strip("_") in _NAMED:  # these have no functional form of their own
+                known[node] = _NAMED[function_name(node).strip("_")](*args, **kwargs)
+            elif node.op == "call_method":
+                known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                assert callable(node.target)
+                known[node] = node.target(*args, **kwargs)
+        return [known[node] for node in wanted]
+
+    fn: Callable[..., Any] = torch.func.functionalize(run, remove="mutations")
+    values = []
+    for node in region.inputs:
+        value = node.meta.get("example_value", node.meta.get("val"))
+        if not isinstance(value, (torch.Tensor, torch.SymInt, int)):
+            raise NotUnderstood(f"{node.name}, which goes into it, is a {type(value).__name__}")
+        values.append(value.detach() if isinstance(value, torch.Tensor) else value)
+    with _autocast(region.autocast), fake_mode, torch.no_grad():
+        return make_fx(fn, tracing_mode="real")(*values)
+
+
+def _autocast(context: list[tuple[Any, ...]]) -> Any:
+    import contextlib
+
+    stack = contextlib.ExitStack()
+    for device_type, dtype, enabled, cache in context:
+        stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
+    return stack

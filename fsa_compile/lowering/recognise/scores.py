@@ -1,0 +1,196 @@
+"""The parts of an attention: queries, keys, values, scale and what hides keys, out of a term or a call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .evaluate import Evaluator, NotUnderstood
+from .index import Poly, Var
+from .terms import Apply, At, Const, Int, Reduce, Softmax, Term, all_of, free, replaced
+
+__all__ = ["Pieces", "of_call", "of_term"]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """`out[...] = sum_j softmax_j(scale * sum_e q * k, hidden where not visible) * v`."""
+
+    out: tuple[Var, ...]  # the result's axes
+    feature: Var  # the last of v's
+    key: Var  # j
+    inner: Var  # e
+    q: At
+    k: At
+    v: At
+    scale: float
+    visible: Term
+    empty_is_nan: bool  # what a row gives that sees no key; otherwise 0
+    additive: bool  # hidden by adding -inf, so that a NaN reaches the gradients of q and k
+
+
+def of_call(
+    ev: Evaluator, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node, scale: float | None, grouped: bool
+) -> Pieces:
+    """Of `scaled_dot_product_attention(q, k, v, mask)`, which gives 0 for a row that sees nothing."""
+    shape_q, shape_k, shape_v = map(ev.shape, (q, k, v))
+    if len(shape_q) not in (3, 4) or len(shape_k) != len(shape_q) or len(shape_v) != len(shape_q):
+        raise NotUnderstood("its operands have neither three nor four axes")
+    axes = [ev.var("o", n) for n in shape_q[:-1]]
+    feature, key, inner = ev.var("d", shape_v[-1]), ev.var("j", shape_k[-2]), ev.var("e", shape_q[-1])
+    batch = [Poly.of(x) if x.size.constant != 1 else Poly.of(0) for x in axes[:-1]]
+    batch_k = list(batch)
+    if grouped and len(shape_q) == 4:
+        group = shape_q[1].divided(shape_k[1])
+        if group is None or shape_k[1] != shape_v[1]:
+            raise NotUnderstood("its numbers of heads do not divide")
+        batch_k[1] = batch[1] // group
+    keys = (*batch_k, Poly.of(key))
+    terms = (
+        ev.operand_of_product(q, (*batch, Poly.of(axes[-1]), Poly.of(inner))),
+        ev.operand_of_product(k, ev.aligned(k, (*keys, Poly.of(inner)))),
+        ev.operand_of_product(v, ev.aligned(v, (*keys, Poly.of(feature)))),
+    )
+    (q_at, by_q), (k_at, by_k), (v_at, by_v) = map(_factor, terms)
+    if by_v != 1:
+        raise NotUnderstood("its values are scaled")
+    element = ev.value(mask, ev.aligned(mask, (*batch, Poly.of(axes[-1]), Poly.of(key))))
+    is_bool = mask.meta["val"].dtype == torch.bool
+    visible = element if is_bool else all_of(*_added(element))
+    size = shape_q[-1].constant
+    if scale is None and size is None:
+        raise NotUnderstood("its head_dim is not a constant")
+    factor = scale if scale is not None else size**-0.5  # type: ignore[operator]
+    return Pieces(
+        (*axes, feature), feature, key, inner, q_at, k_at, v_at, factor * by_q * by_k, visible, False, not is_bool
+    )
+
+
+def of_term(ev: Evaluator, out: fx.Node) -> Pieces:
+    """Of a product of a softmax with values, which gives NaN for a row that sees nothing."""
+    axes = tuple(ev.var("o", n) for n in ev.shape(out))
+    index = tuple(Poly.of(x) if x.size.constant != 1 else Poly.of(0) for x in axes)
+    term = ev.value(out, index)
+    while isinstance(term, Apply) and term.name == "cast":
+        term = term.args[0]
+    if not (isinstance(term, Reduce) and isinstance(term.body, Apply) and term.body.name == "dot"):
+        raise NotUnderstood("what follows the softmax is not one product with the values")
+    key = term.var
+    weights, value = term.body.args
+    if _softmax_of(value) is not None:
+        weights, value = value, weights
+    softmax = _softmax_of(weights)
+    if softmax is None:
+        raise NotUnderstood("the probabilities are changed between the softmax and the product with the values")
+    if softmax.at != Poly.of(key):
+        raise NotUnderstood("the softmax is not over the keys")
+    v, by_v = _factor(value)
+    if by_v != 1:
+        raise NotUnderstood("its values are scaled")
+    found = _Scores(replaced(softmax.body, {softmax.var: Poly.of(key)}))
+    (q, by_q), (k, by_k) = map(_factor, found.operands)
+    if key in free(q):
+        q, k = k, q
+    if key in free(q) or key not in free(k):
+        raise NotUnderstood("its scores are not products of queries and keys")
+    feature = [x for x in axes if x in free(v) and x not in free(q)]
+    feature = [x for x in feature if x not in free(k) and x not in free(found.visible)]
+    if len(feature) != 1:
+        raise NotUnderstood("its values have no axis of their own")
+    scale = found.scale * by_q * by_k
+    return Pieces(
+        axes, feature[0], key, found.inner, q, k, v, scale, found.visible, True, found.additive
+    )  # fmt: skip
+
+
+def _softmax_of(x: Term) -> Softmax | None:
+    while isinstance(x, Apply) and x.name == "cast":
+        x = x.args[0]
+    return x if isinstance(x, Softmax) else None
+
+
+def _factor(x: Term) -> tuple[At, float]:
+    """An operand and the constant that it is multiplied by. A cast is looked through if it loses nothing."""
+    by = 1.0
+    while isinstance(x, Apply):
+        if x.name == "mul":
+            by *= x.args[1].value
+            x = x.args[0]
+        elif x.name == "cast" and _is_widening(x.args[1], x.args[2]):
+            x = x.args[0]
+        else:
+            break
+    if not isinstance(x, At):
+        raise NotUnderstood("an operand of its products is computed in a way that is not looked through")
+    return x, by
+
+
+def _is_widening(old: torch.dtype, new: torch.dtype) -> bool:
+    return torch.promote_types(old, new) == new
+
+
+class _Scores:
+    """What a softmax is taken of: a product of q and k, times constants, with keys hidden by -inf."""
+
+    def __init__(self, x: Term) -> None:
+        self.scale = 1.0
+        self.additive = False
+        masks: list[Term] = []
+        while True:
+            if isinstance(x, Apply) and x.name == "cast":
+                x = x.args[0]
+            elif isinstance(x, Apply) and x.name == "mul":
+                if not x.args[1].value > 0:
+                    raise NotUnderstood("its scores are multiplied by a number that is not positive")
+                self.scale *= x.args[1].value
+                x = x.args[0]
+            elif isinstance(x, Apply) and x.name == "where":
+                visible, x, fill = x.args
+                if isinstance(x, Const) or not isinstance(fill, Const) or fill.value != -math.inf:
+                    fill = x if isinstance(x, Const) else fill
+                    raise NotUnderstood(f"hidden scores are {_shown(fill)}, which is not the same as -inf")
+                masks.append(visible)
+            elif isinstance(x, Apply) and x.name == "add":
+                a, b = x.args
+                mask, x = (a, b) if _holds_product(b) else (b, a)
+                masks += _added(mask)
+                self.additive = True
+            else:
+                break
+        if not (isinstance(x, Reduce) and x.kind == "sum" and isinstance(x.body, Apply) and x.body.name == "dot"):
+            raise NotUnderstood("its scores are not products of queries and keys, a scale and a mask")
+        self.inner = x.var
+        self.operands = x.body.args
+        self.visible = all_of(*masks)
+        if not masks:
+            raise NotUnderstood("no mask hides a key: dense attention")
+
+
+def _holds_product(x: Any) -> bool:
+    if isinstance(x, Reduce):
+        return isinstance(x.body, Apply) and x.body.name == "dot"
+    return isinstance(x, Apply) and any(_holds_product(part) for part in x.args)
+
+
+def _added(x: Term) -> list[Term]:
+    """The masks of which a term is 0 where all hold and -inf elsewhere."""
+    if isinstance(x, Apply) and x.name == "cast":
+        return _added(x.args[0])
+    if isinstance(x, Apply) and x.name == "add":
+        return [*_added(x.args[0]), *_added(x.args[1])]
+    if isinstance(x, Apply) and x.name == "where":
+        visible, inner, fill = x.args
+        if not isinstance(fill, Const) or fill.value != -math.inf:
+            raise NotUnderstood(f"the mask adds {_shown(fill)} to hidden scores, which is not the same as -inf")
+        return [visible, *_added(inner)]
+    if isinstance(x, (Const, Int)) and (x.poly.constant if isinstance(x, Int) else x.value) == 0:
+        return []
+    raise NotUnderstood("something other than a mask of 0 and -inf is added to its scores")
+
+
+def _shown(x: Any) -> str:
+    return f"{x.value:g}" if isinstance(x, Const) and isinstance(x.value, float) else "no constant"
