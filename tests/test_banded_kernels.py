@@ -4,12 +4,8 @@ for GPUs that are not here.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
@@ -366,15 +362,3 @@ def test_fits(target: str, kernel: Any, window: int) -> None:
         assert usage.shared <= SHARED_MEMORY[target]
         if target == "sm_90" and dtype != torch.float32 and kernel is not BANDED_SUM:
             assert "wgmma.mma_async" in usage.assembly
-
-
-@pytest.mark.skipif(INTERPRETED, reason="runs the others")
-@pytest.mark.slow
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "interpreter"]
-    done = subprocess.run(
-        [*command, __file__], env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout

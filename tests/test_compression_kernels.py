@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,17 +217,6 @@ def test_bounds_outside_the_tensors_read_nothing_there() -> None:
 
 
 # ---- without a GPU ----
-
-
-@pytest.mark.skipif(INTERPRETED, reason="runs the others")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "interpreter"]
-    done = subprocess.run(
-        [*command, __file__], env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
 
 
 def _plan(kernel: Any, dtype: torch.dtype, kernel_size: int, kernel_stride: int, kind: str) -> Any:

@@ -6,6 +6,7 @@ On a GPU (`-m gpu`) as they are; without one in Triton's interpreter, where `tes
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -206,6 +207,21 @@ def test_rows_without_a_block(order: str) -> None:
     assert (grads[0][0][alone] == 0).all()
 
 
+@functools.cache
+def in_every_block(order: str, of: str = "", first: int = 0, value: float = 0.0) -> tuple[list[Tensor], list[Tensor]]:
+    """Results and gradients of 40 queries that select every block, keys or values from `first` on being `value`."""
+    inputs = make_inputs(Spec(seq_len=40, num_kv_heads=1, block_size=16, num_selected=3), DEVICE)
+    current = torch.arange(40, device=DEVICE) // 16
+    ids = torch.arange(3, device=DEVICE)[None].expand(40, -1)
+    block_indices = ids.masked_fill(ids > current[:, None], -1)[None, :, None].int().contiguous()
+    upstream = [torch.ones(*inputs.q.shape[:3], inputs.v.shape[3], device=DEVICE), None]
+    given = {"k": inputs.k.clone(), "v": inputs.v.clone()}
+    if of:
+        given[of][:, first:] = value
+    call = Call("selected_attention", (inputs.q, *given.values()), (), {"block_size": 16, "scale": None})
+    return run(lambda *args, **kw: in_order(order)(*args, block_indices, **kw), call, upstream)
+
+
 @kernels
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -213,19 +229,8 @@ def test_rows_without_a_block(order: str) -> None:
 @pytest.mark.parametrize("of", ["k", "v"])
 def test_what_is_not_finite_reaches_only_the_rows_that_see_it(order: str, value: float, first: int, of: str) -> None:
     """The others, of the same block too, keep every bit of their output, statistics and gradient."""
-    inputs = make_inputs(Spec(seq_len=40, num_kv_heads=1, block_size=16, num_selected=3), DEVICE)
-    current = torch.arange(40, device=DEVICE) // 16
-    ids = torch.arange(3, device=DEVICE)[None].expand(40, -1)
-    block_indices = ids.masked_fill(ids > current[:, None], -1)[None, :, None].int().contiguous()
-    upstream = [torch.ones(*inputs.q.shape[:3], inputs.v.shape[3], device=DEVICE), None]
-    results = []
-    for spoil in (False, True):
-        k, v = inputs.k.clone(), inputs.v.clone()
-        if spoil:
-            (k if of == "k" else v)[:, first:] = value
-        call = Call("selected_attention", (inputs.q, k, v), (), {"block_size": 16, "scale": None})
-        results.append(run(lambda *args, **kw: in_order(order)(*args, block_indices, **kw), call, upstream))
-    (outs, grads), (spoiled, spoiled_grads) = results
+    outs, grads = in_every_block(order)
+    spoiled, spoiled_grads = in_every_block(order, of, first, value)
     for clean, other in zip([*outs, grads[0]], [*spoiled, spoiled_grads[0]], strict=True):
         assert torch.equal(clean[:, :first], other[:, :first])
     if of == "v" or value != value:  # an infinite key may have a weight of 0
