@@ -25,7 +25,7 @@ PARTS = [
 
 
 def test_every_file_of_kernel_tests_is_run() -> None:
-    files = {getattr(part, "values", part)[0] for part in PARTS}  # type: ignore[arg-type]
+    files = {getattr(part, "values", part)[0] for part in PARTS}
     assert files == {path.name for path in TESTS.glob("test_*kernels.py")}
 
 
