@@ -19,8 +19,9 @@ from . import cost, debug
 from .lowering import Site
 from .lowering.switch import is_enabled, is_switched_on
 from .lowering.where import frames_of, innermost, where_of
-from .ops.rules import RULES
+from .ops.operators import OPERATORS
 from .ops.schema import bound_arguments
+from .ops.selected.choice import choose
 
 __all__ = ["Explanation", "GraphBreak", "Site", "explain"]
 
@@ -235,7 +236,7 @@ def _nsa_site(node: fx.Node, name: str) -> Site:
 
 
 class _Recorder(TorchDispatchMode):
-    """Collects the calls of semantic operators that the lowering has a rule for, arguments by name."""
+    """Collects the calls of semantic operators that are not made of others, arguments by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +244,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("fsa::")
-        if func.namespace == "fsa" and name in RULES:
+        if func.namespace == "fsa" and name in OPERATORS and not OPERATORS[name].is_composite:
             self.calls.append((name, bound_arguments(func, args, kwargs or {})))
         return func(*args, **kwargs or {})
 
@@ -271,11 +272,8 @@ def _leaf_calls(node: fx.Node) -> tuple[list[tuple[str, dict[str, Any]]], torch.
 
 def _choice(calls: list[tuple[str, dict[str, Any]]], *, training: bool) -> cost.Choice | None:
     """The lowering's choice for the one of the calls that has loop orders."""
-    for op, arguments in calls:
-        choose = RULES[op].choose
-        if choose is not None:
-            return choose(arguments, training=training)
-    return None
+    given = next((arguments for _, arguments in calls if "loop_order" in arguments), None)
+    return None if given is None else choose(given, training=training)
 
 
 def _obstacle(device_type: str) -> str:

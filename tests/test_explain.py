@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 import fsa_compile
 from fsa_compile import cost, debug, lowering
 from fsa_compile.lowering.where import innermost
-from fsa_compile.ops.selected import orders
+from fsa_compile.ops.selected import choice as choice_module
 
 explain_module = importlib.import_module("fsa_compile.explain")
 explain = explain_module.explain
@@ -101,7 +101,7 @@ def test_backward_is_counted_only_where_one_will_follow(x: Tensor) -> None:
 
 
 def test_cuda_site_is_matched_with_the_lowerings_choice(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orders, "device_of", lambda tensor: cost.DEVICES["H200"])
+    monkeypatch.setattr(choice_module, "device_of", lambda tensor: cost.DEVICES["H200"])
     for group, order in ((1, "fsa"), (16, "nsa")):
         arguments = cuda_arguments(group)
         (site,) = explain(selected, *arguments).sites
@@ -338,7 +338,7 @@ def test_a_site_that_cannot_be_read_is_reported(x: Tensor, monkeypatch: pytest.M
     def broken(*args: Any) -> Any:
         raise RuntimeError("cannot size it")
 
-    monkeypatch.setattr(orders, "problem_of", broken)
+    monkeypatch.setattr(choice_module, "problem_of", broken)
     (site,) = explain(Nsa(), x).sites
     assert (site.matched, site.reason) == (False, "could not be read: RuntimeError: cannot size it")
     assert site.where == SITE
@@ -364,7 +364,7 @@ def test_random_state_and_compiled_functions_survive(x: Tensor) -> None:
 
 
 def test_report_is_readable(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orders, "device_of", lambda tensor: cost.DEVICES["H200"])
+    monkeypatch.setattr(choice_module, "device_of", lambda tensor: cost.DEVICES["H200"])
 
     def model(q: Tensor, k: Tensor, block_indices: Tensor) -> Tensor:
         out = selected(q, k, block_indices)

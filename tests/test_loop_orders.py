@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 import fsa_compile
 from fsa_compile import cost, lowering
 from fsa_compile.cost import choice as choices
+from fsa_compile.ops.selected import choice as choice_module
 from fsa_compile.ops.selected import orders
 from fsa_compile.testing.fake_gpu import Harness
 
@@ -75,7 +76,7 @@ def test_explain_has_a_column_for_it(half: float, monkeypatch: pytest.MonkeyPatc
     def selected(q: Tensor, k: Tensor, block_indices: Tensor) -> Tensor:
         return fsa_compile.selected_attention(q, k, k, block_indices, loop_order="third")[0]
 
-    monkeypatch.setattr(orders, "device_of", lambda tensor: H200)
+    monkeypatch.setattr(choice_module, "device_of", lambda tensor: H200)
     with torch.no_grad(), FakeTensorMode():
         q, k = (torch.empty(1, 65536, heads, 128, dtype=torch.bfloat16, device="cuda") for heads in (16, 4))
         blocks = torch.empty(1, 65536, 4, 16, dtype=torch.int32, device="cuda")

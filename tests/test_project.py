@@ -111,7 +111,10 @@ import torch, fsa_compile
 q, k = torch.randn(1, 90, 4, 16, requires_grad=True), torch.randn(1, 90, 2, 16)
 fsa_compile.nsa_attention(q, k, k).sum().backward()
 assert q.grad.isfinite().all() and q.grad.abs().sum() > 0
-print(fsa_compile.explain(fsa_compile.nsa_attention, q, k, k))
+found = fsa_compile.explain(fsa_compile.nsa_attention, q, k, k)
+print(found)
+(site,) = found.sites
+assert (site.loop_order, site.stages[-1]) == ("fsa", "selected_attention"), site
 """
 
 

@@ -37,10 +37,11 @@ _MUST_KEEP = frozenset(("MUST_SAVE", "PREFER_SAVE"))
 
 def expand_graph(graph: fx.Graph) -> None:
     """Replace the semantic operators of ``graph`` that run on CUDA."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fsa":
+            _spell_out(node)
     rules = _rules()
     nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in rules]
-    for node in nodes:
-        _spell_out(node)
     if not nodes:
         return
     expansion = _Expansion(graph, rules)

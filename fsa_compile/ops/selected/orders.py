@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import cost
 from ...tiling import union_tokens
 from ..options import Layout, Selected
-from ..problem import device_of, problem_of
 from ..rules import Rule, Runs, kernel_runs, register
 from . import block_lists as _block_lists  # noqa: F401  registers the operator
+from .choice import choose
 
 _ops = torch.ops.fsa
 
@@ -27,13 +26,6 @@ _SHARED = (
 
 def _sizes(options: Selected) -> dict[str, Any]:
     return {"block_size": options.block_size, "scale": options.scale}
-
-
-def choose(arguments: dict[str, Any], *, training: bool = False, backward: bool = False) -> cost.Choice:
-    """The cost model's order for one call."""
-    q, k, v, block_indices = (arguments[name] for name in ("q", "k", "v", "block_indices"))
-    problem = problem_of(q, k, v, block_indices, arguments["block_size"])
-    return cost.choose(problem, device_of(q), arguments["loop_order"], training=training, backward=backward)
 
 
 def _order(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: Selected, *, backward: bool) -> str:

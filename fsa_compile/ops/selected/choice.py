@@ -1,0 +1,17 @@
+"""The loop order of one call. Without Triton, as `explain` tells it where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ... import cost
+from ..problem import device_of, problem_of
+
+__all__ = ["choose"]
+
+
+def choose(arguments: dict[str, Any], *, training: bool = False, backward: bool = False) -> cost.Choice:
+    """The cost model's order for one call."""
+    q, k, v, block_indices = (arguments[name] for name in ("q", "k", "v", "block_indices"))
+    problem = problem_of(q, k, v, block_indices, arguments["block_size"])
+    return cost.choose(problem, device_of(q), arguments["loop_order"], training=training, backward=backward)
