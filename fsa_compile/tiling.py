@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 __all__ = [
-    "Config", "Device", "ENTRIES_PER_TILE", "configured", "next_power_of_2", "padded", "selected_block_n", "tuned_file",
-    "union_tokens",
+    "Config", "Device", "ENTRIES_PER_TILE", "configured", "next_power_of_2", "padded", "selected_block_n",
+    "selected_chunk_n", "tuned_file", "union_tokens",
 ]  # fmt: skip
 
 
@@ -47,8 +47,18 @@ def padded(width: int) -> int:
 ENTRIES_PER_TILE = 1024
 
 
+def selected_chunk_n(block_size: int, head_dim: int, head_dim_v: int, itemsize: int) -> int:
+    """Keys of a chunk of a selected block in the KV-outer kernels, whose bytes go with the number of chunks.
+
+    A chunk's keys and values stay on chip while its list goes by.
+    """
+    if itemsize == 4 or max(head_dim, head_dim_v) > 128:
+        return selected_block_n(block_size, head_dim, head_dim_v, itemsize)
+    return min(block_size, 128)
+
+
 def selected_block_n(block_size: int, head_dim: int, head_dim_v: int, itemsize: int) -> int:
-    """Keys of a selected block on chip at once; the KV-outer kernels cut wider blocks into chunks.
+    """Keys of a selected block that the kernels with queries outside take at once.
 
     float32 is multiplied without tensor cores, from registers, so it takes narrower tiles.
     """

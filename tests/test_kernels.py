@@ -120,6 +120,9 @@ def check(order: str, spec: Spec, dtype: torch.dtype, seed: int = 0, large_logit
     spec=Spec(seq_len=20, num_kv_heads=1, block_size=128, extra_keys=130, num_selected=2), dtype=torch.float32, seed=0
 )
 @example(
+    spec=Spec(seq_len=20, num_kv_heads=1, block_size=256, extra_keys=300, num_selected=2), dtype=torch.float16, seed=0
+)
+@example(
     spec=Spec(seq_len=40, gqa_group_size=17, num_kv_heads=1, head_dim=20, head_dim_v=36), dtype=torch.float16, seed=0
 )
 @example(spec=Spec(lengths=(0, 17, 1, 30), extra_keys=9, strides="sliced"), dtype=torch.float32, seed=1)

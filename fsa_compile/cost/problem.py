@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..tiling import next_power_of_2, selected_block_n, union_tokens
+from ..tiling import next_power_of_2, selected_chunk_n, union_tokens
 
 # The loop orders and their names for people. Here, as what only checks an argument needs no expressions.
 LOOP_ORDERS = {"fsa": "KV-outer", "nsa": "query-outer", "tile": "query-tile"}
@@ -52,4 +52,4 @@ class Problem:
     @property
     def chunks(self) -> int:
         """Pieces that the KV-outer passes cut a block into to fit it on chip; each makes partials of its own."""
-        return self.block_size // selected_block_n(self.block_size, self.head_dim, self.head_dim_v, self.itemsize)
+        return self.block_size // selected_chunk_n(self.block_size, self.head_dim, self.head_dim_v, self.itemsize)

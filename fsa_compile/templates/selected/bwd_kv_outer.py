@@ -45,12 +45,12 @@ from .sizes import (
 def chunk_gradients(q, grad_out, k, v, keys, pos, shift, log_sum, delta, scale):
     """What BLOCK_M rows add to a chunk's gradients.
 
-    Returns ``(dk, dv, ds_t)``: float32 ``[BLOCK_N, BLOCK_D]``, ``[BLOCK_N, BLOCK_DV]`` and the gradient of the scores
-    before scaling, ``[BLOCK_N, BLOCK_M]`` (keys first, so that both products take it as it lies in registers). dk
+    Returns ``(dk, dv, ds_t)``: float32 ``[CHUNK_N, BLOCK_D]``, ``[CHUNK_N, BLOCK_DV]`` and the gradient of the scores
+    before scaling, ``[CHUNK_N, BLOCK_M]`` (keys first, so that both products take it as it lies in registers). dk
     lacks the factor ``scale``.
     """
     visible = keys[:, None] <= pos[None, :]
-    p = probabilities(dot(k, tl.trans(q)), visible, shift[None, :], log_sum[None, :], scale)  # [BLOCK_N, BLOCK_M]
+    p = probabilities(dot(k, tl.trans(q)), visible, shift[None, :], log_sum[None, :], scale)  # [CHUNK_N, BLOCK_M]
     dv = dot(p.to(grad_out.dtype), grad_out)
     ds = tl.where(visible, p * (dot(v, tl.trans(grad_out)) - delta[None, :]), 0.0)
     ds = ds.to(q.dtype)
@@ -71,13 +71,13 @@ def selected_bwd_kv_outer_kernel(
     # A key that is not finite spoils the ds of the rows that see it, and must not reach the others: 0 times it is NaN.
     k_finite = finite_part(k_chunk)
     HEAD_DIM: tl.constexpr = SIZES.HEAD_DIM
-    BLOCK_N: tl.constexpr = SIZES.BLOCK_N
+    CHUNK_N: tl.constexpr = SIZES.CHUNK_N
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    dk_lost = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_lost = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk = tl.zeros([CHUNK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([CHUNK_N, BLOCK_DV], tl.float32)
+    dk_lost = tl.zeros([CHUNK_N, BLOCK_D], tl.float32)
+    dv_lost = tl.zeros([CHUNK_N, BLOCK_DV], tl.float32)
     for m in range(tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M)):
         valid, n, t, pos, g, partial = list_rows(lists.entries, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
         q_rows = load_rows(q, run.b, hk, t, g, valid, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
@@ -93,23 +93,23 @@ def selected_bwd_kv_outer_kernel(
             dq = dot(tl.trans(ds), k_finite) * scale  # [BLOCK_M, BLOCK_D]
             store_tile(dq_partial, partial * SIZES.HEAD_DIM, valid, dq, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     if first < last:
-        tile_rows = (w.to(tl.int64) * SIZES.NUM_CHUNKS + chunk) * SIZES.BLOCK_N + tl.arange(0, SIZES.BLOCK_N)
+        tile_rows = (w.to(tl.int64) * SIZES.NUM_CHUNKS + chunk) * SIZES.CHUNK_N + tl.arange(0, SIZES.CHUNK_N)
         every = tile_rows >= 0
         store_tile(dv_tiles, tile_rows * SIZES.HEAD_DIM_V, every, dv, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
         dk = dk * scale
         cols = tl.arange(0, BLOCK_D)[None, :]
         mask = every[:, None] & (cols < SIZES.HEAD_DIM)
-        store_output(dk_tiles, (tile_rows[:, None], cols), (HEAD_DIM,), dk, mask, (BLOCK_N, BLOCK_D))
+        store_output(dk_tiles, (tile_rows[:, None], cols), (HEAD_DIM,), dk, mask, (CHUNK_N, BLOCK_D))
 
 
 def plan(
     grad_out: Any, q: Any, k: Any, v: Any, block_indices: Any, shift: Any, log_sum: Any, delta: Any,
     *lists_and_seqs: Any, block_size: int, scale: float, with_dq: bool,
 ) -> Plan:  # fmt: skip
-    """Float32 tiles ``[W, C, BLOCK_N, D or DV]`` of dk and dv; if wanted, dq's partials ``[B, T, HK, S, C, G, D]``."""
+    """Float32 tiles ``[W, C, CHUNK_N, D or DV]`` of dk and dv; if wanted, dq's partials ``[B, T, HK, S, C, G, D]``."""
     sizes = SelectedSizes.of_call(q, k, v, block_indices, block_size)
     num_tiles = lists_and_seqs[1].shape[0]
-    tile = (num_tiles, sizes.NUM_CHUNKS, sizes.BLOCK_N)
+    tile = (num_tiles, sizes.NUM_CHUNKS, sizes.CHUNK_N)
     partial = (*block_indices.shape, sizes.NUM_CHUNKS, sizes.GROUP, sizes.HEAD_DIM)
     return Plan(
         backward_inputs(grad_out, shift, log_sum, delta)
@@ -130,7 +130,7 @@ def heuristic(sizes: SelectedSizes, device: Device) -> Config:
     """As measured on an H200."""
     return Config(
         {"BLOCK_M": 16 if sizes.row_bytes > 256 or sizes.ITEMSIZE == 4 else 32},
-        warps(sizes, 4 if sizes.widest <= 128 else 8, device),
+        warps(sizes, 4 if sizes.widest <= 128 and sizes.CHUNK_N <= 64 else 8, device),
         stages(2, device) if sizes.row_bytes <= 256 else 1,
     )
 

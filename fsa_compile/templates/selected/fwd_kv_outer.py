@@ -37,7 +37,7 @@ def attend_chunk(q, k, v, keys, pos, spoiled_from, scale):
     as one number a row costs nothing, where only some columns need be.
     """
     visible = keys[None, :] <= pos[:, None]
-    scores = tl.where(visible, dot(q, tl.trans(k)), float("-inf"))  # [BLOCK_M, BLOCK_N]
+    scores = tl.where(visible, dot(q, tl.trans(k)), float("-inf"))  # [BLOCK_M, CHUNK_N]
     row_max = tl.max(scores, 1)
     p = exp_scaled(scores, finite_max(row_max)[:, None], scale)
     row_sum = tl.sum(p, 1)

@@ -57,14 +57,14 @@ def list_rows(entries, first, last, m, chunk, run: Run, seqs: Sequences, SIZES: 
 
 @triton.jit
 def chunk_keys(block, chunk, num_keys, used, SIZES: tl.constexpr):
-    """Positions of a chunk's keys and which of them exist."""  # [BLOCK_N]
-    keys = block * SIZES.BLOCK_SIZE + chunk * SIZES.BLOCK_N + tl.arange(0, SIZES.BLOCK_N)
+    """Positions of a chunk's keys and which of them exist."""  # [CHUNK_N]
+    keys = block * SIZES.BLOCK_SIZE + chunk * SIZES.CHUNK_N + tl.arange(0, SIZES.CHUNK_N)
     return keys, keys < tl.where(used, num_keys, 0)
 
 
 @triton.jit
 def load_chunk(x: Rows, run: Run, hk, keys, exists, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
-    """A chunk's rows of k or v."""  # [BLOCK_N, BLOCK_W]
+    """A chunk's rows of k or v."""  # [CHUNK_N, BLOCK_W]
     base = x.ptr + run.b.to(tl.int64) * x.strides[0] + hk.to(tl.int64) * x.strides[2]
     return load_tile(base, (run.first_key + keys).to(tl.int64) * x.strides[1], exists, WIDTH, BLOCK_W)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ...tiling import ENTRIES_PER_TILE, Config, Device, padded, selected_block_n
+from ...tiling import ENTRIES_PER_TILE, Config, Device, padded, selected_block_n, selected_chunk_n
 from ..kernel import Dense, Strided
 from ..tiles import Statistics
 
@@ -39,6 +39,7 @@ class SelectedSizes(NamedTuple):
     BLOCK_D: int
     BLOCK_DV: int
     BLOCK_N: int
+    CHUNK_N: int
     NUM_CHUNKS: int
     ENTRIES_PER_TILE: int
 
@@ -48,10 +49,12 @@ class SelectedSizes(NamedTuple):
         itemsize: int,
     ) -> SelectedSizes:  # fmt: skip
         """Derive the tiles' sizes."""
-        block_n = selected_block_n(block_size, int(head_dim), int(head_dim_v), itemsize)
+        block_n, chunk_n = (
+            rule(block_size, int(head_dim), int(head_dim_v), itemsize) for rule in (selected_block_n, selected_chunk_n)
+        )
         return cls(
             int(num_kv_heads), int(group), int(head_dim), int(head_dim_v), int(num_selected), block_size, itemsize,
-            padded(int(head_dim)), padded(int(head_dim_v)), block_n, block_size // block_n, ENTRIES_PER_TILE,
+            padded(int(head_dim)), padded(int(head_dim_v)), block_n, chunk_n, block_size // chunk_n, ENTRIES_PER_TILE,
         )  # fmt: skip
 
     @classmethod
@@ -68,7 +71,7 @@ class SelectedSizes(NamedTuple):
         """Read them off partials ``[B, T, HK, S, C, G, D]``; both head dims are D."""
         _, _, num_kv_heads, num_selected, num_chunks, group, dim = partial.shape
         sizes = cls.of(num_kv_heads, group, dim, dim, num_selected, block_size, partial.dtype.itemsize)
-        return sizes._replace(NUM_CHUNKS=int(num_chunks), BLOCK_N=block_size // int(num_chunks))
+        return sizes._replace(NUM_CHUNKS=int(num_chunks), CHUNK_N=block_size // int(num_chunks))
 
     @property
     def widest(self) -> int:
