@@ -75,6 +75,10 @@ def device_of(device: torch.device) -> Device:
     return Device("generic", "")
 
 
+# Called with each kernel and plan of a launch or of its fake: what a piece of code launches, for tests and benchmarks.
+watchers: list[Callable[[Kernel, Plan], None]] = []
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel and what is needed to run it.
@@ -105,16 +109,22 @@ class Kernel:
 
     def fake(self, *args: Any, **kwargs: Any) -> Any:
         """Empty results."""
-        return self._results(self.allocate(self.plan(*args, **kwargs)))
+        return self._results(self.allocate(self._watched_plan(*args, **kwargs)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Allocate and launch."""
-        plan = self.plan(*args, **kwargs)
+        plan = self._watched_plan(*args, **kwargs)
         made = self.allocate(plan)
         results = self._results(made)
         if all(made[name].numel() for name in list(plan.outputs)[:1]):
             self.launch(plan, made, self.config(plan.sizes, device_of(_like(plan).device)))
         return results
+
+    def _watched_plan(self, *args: Any, **kwargs: Any) -> Plan:
+        plan = self.plan(*args, **kwargs)
+        for watch in watchers:
+            watch(self, plan)
+        return plan
 
     def launch(self, plan: Plan, outputs: dict[str, Tensor], config: Config) -> None:
         """Launch a plan with given results and configuration."""

@@ -83,7 +83,7 @@ def keys_base(x: Rows, b, first, hk):
 
 
 @triton.jit
-def _shift(row_max, factor):
+def exponent_shift(row_max, factor):
     """What is subtracted from scaled scores; never -inf, so that nothing is NaN by itself."""
     return tl.maximum(row_max * factor, LOWEST)
 
@@ -92,13 +92,13 @@ def _shift(row_max, factor):
 def softmax_step(scores, row_max, row_sum, factor):
     """One step of the online softmax.
 
-    ``_shift`` rounds, by 1e-3 at logits of 1e4, but it is the same number in all of a row's weights; a fused product
+    ``exponent_shift`` rounds, by 1e-3 at logits of 1e4, but it is the same number in all of a row's weights; a fused product
     adds no rounding of its own. ``softmax_end`` returns to the logarithm what the shift lost.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    shift = _shift(new_max, factor)
+    shift = exponent_shift(new_max, factor)
     p = tl.exp2(tl.fma(scores, factor, -shift[:, None]))
-    decay = tl.exp2(_shift(row_max, factor) - shift)
+    decay = tl.exp2(exponent_shift(row_max, factor) - shift)
     return p, decay, new_max, row_sum * decay + tl.sum(p, 1)
 
 
@@ -107,7 +107,7 @@ def softmax_end(acc, row_max, row_sum, factor):
     """The output, and the two softmax statistics, of rows; 0, 0 and -inf of those that saw nothing."""
     empty = row_sum == 0
     out = acc / tl.where(empty, 1.0, row_sum)[:, None]
-    lost = tl.fma(row_max, -factor, _shift(row_max, factor))
+    lost = tl.fma(row_max, -factor, exponent_shift(row_max, factor))
     log_sum = tl.where(empty, float("-inf"), (tl.log2(tl.where(empty, 1.0, row_sum)) + lost) * LN2)
     return out, tl.where(empty, 0.0, row_max), log_sum
 

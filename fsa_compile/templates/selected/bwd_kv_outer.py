@@ -16,17 +16,17 @@ from ...tiling import Config, Device
 from ..kernel import SEQUENCES, Kernel, Output, Plan, sequences
 from ..sequences import Rows, Sequences
 from ..tiles import (
+    LOG2E,
     Statistics,
     accumulate,
     dot,
     finite_part,
     load_statistics,
-    probabilities,
     store_output,
     store_tile,
 )  # fmt: skip
 from .fwd_kv_outer import grid
-from .lists import chunk_keys, list_rows, list_tile, load_chunk, load_rows
+from .lists import chunk_keys, hides_keys, list_rows, list_tile, load_chunk, load_rows
 from .sizes import (
     BACKWARD,
     LISTS,
@@ -42,17 +42,24 @@ from .sizes import (
 
 
 @triton.jit
-def chunk_gradients(q, grad_out, k, v, keys, pos, shift, log_sum, delta, scale):
+def chunk_gradients(q, grad_out, k, v, keys, pos, some_hidden, shift, log_sum, delta, scale):
     """What BLOCK_M rows add to a chunk's gradients.
 
     Returns ``(dk, dv, ds_t)``: float32 ``[CHUNK_N, BLOCK_D]``, ``[CHUNK_N, BLOCK_DV]`` and the gradient of the scores
-    before scaling, ``[CHUNK_N, BLOCK_M]`` (keys first, so that both products take it as it lies in registers). dk
-    lacks the factor ``scale``.
+    before scaling, ``[CHUNK_N, BLOCK_M]`` (keys first, so that both products take it as it lies in registers).
+
+    Masks are left out where no row needs them, and rows that see nothing get a sum of weights without end: what is
+    done for each element decides the time.
     """
-    visible = keys[:, None] <= pos[None, :]
-    p = probabilities(dot(k, tl.trans(q)), visible, shift[None, :], log_sum[None, :], scale)  # [CHUNK_N, BLOCK_M]
+    scores = dot(k, tl.trans(q))  # [CHUNK_N, BLOCK_M]
+    if some_hidden:
+        scores = tl.where(keys[:, None] <= pos[None, :], scores, float("-inf"))
+    log_sum = tl.where(log_sum > float("-inf"), log_sum, float("inf")) * LOG2E
+    p = tl.exp2((scores - shift[None, :]) * (scale * LOG2E) - log_sum[None, :])
     dv = dot(p.to(grad_out.dtype), grad_out)
-    ds = tl.where(visible, p * (dot(v, tl.trans(grad_out)) - delta[None, :]), 0.0)
+    ds = p * tl.fma(dot(v, tl.trans(grad_out)), scale, -(delta * scale)[None, :])
+    if some_hidden:  # a weight of 0 does not keep out what is not finite
+        ds = tl.where(keys[:, None] <= pos[None, :], ds, 0.0)
     ds = ds.to(q.dtype)
     return dot(ds, q), dv, ds
 
@@ -70,6 +77,7 @@ def selected_bwd_kv_outer_kernel(
     v_chunk = load_chunk(v, run, hk, keys, exists, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
     # A key that is not finite spoils the ds of the rows that see it, and must not reach the others: 0 times it is NaN.
     k_finite = finite_part(k_chunk)
+    keys_end = block * SIZES.BLOCK_SIZE + (chunk + 1) * SIZES.CHUNK_N
     HEAD_DIM: tl.constexpr = SIZES.HEAD_DIM
     CHUNK_N: tl.constexpr = SIZES.CHUNK_N
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
@@ -82,21 +90,21 @@ def selected_bwd_kv_outer_kernel(
         valid, n, t, pos, g, partial = list_rows(lists.entries, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
         q_rows = load_rows(q, run.b, hk, t, g, valid, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         grad_rows = load_rows(grad_out, run.b, hk, t, g, valid, SIZES.GROUP, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
-        row = (n.to(tl.int64) * SIZES.NUM_KV_HEADS + hk) * SIZES.GROUP + g
+        some_hidden = hides_keys(lists.entries, first, m, keys_end, run, seqs, SIZES, BLOCK_M)
+        row = ((n * SIZES.NUM_KV_HEADS + hk) * SIZES.GROUP + g).to(tl.uint32)
         shift, log_sum, delta = load_statistics(rows, row, valid)
         dk_part, dv_part, ds = chunk_gradients(
-            q_rows, grad_rows, k_chunk, v_chunk, keys, pos, shift, log_sum, delta, scale
+            q_rows, grad_rows, k_chunk, v_chunk, keys, pos, some_hidden, shift, log_sum, delta, scale
         )
         dk, dk_lost = accumulate(dk, dk_lost, dk_part, SIZES.ITEMSIZE == 4)
         dv, dv_lost = accumulate(dv, dv_lost, dv_part, SIZES.ITEMSIZE == 4)
         if dq_partial is not None:
-            dq = dot(tl.trans(ds), k_finite) * scale  # [BLOCK_M, BLOCK_D]
-            store_tile(dq_partial, partial * SIZES.HEAD_DIM, valid, dq, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+            dq = dot(tl.trans(ds), k_finite)  # [BLOCK_M, BLOCK_D]
+            store_tile(dq_partial, partial.to(tl.int64) * SIZES.HEAD_DIM, valid, dq, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     if first < last:
         tile_rows = (w.to(tl.int64) * SIZES.NUM_CHUNKS + chunk) * SIZES.CHUNK_N + tl.arange(0, SIZES.CHUNK_N)
         every = tile_rows >= 0
         store_tile(dv_tiles, tile_rows * SIZES.HEAD_DIM_V, every, dv, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
-        dk = dk * scale
         cols = tl.arange(0, BLOCK_D)[None, :]
         mask = every[:, None] & (cols < SIZES.HEAD_DIM)
         store_output(dk_tiles, (tile_rows[:, None], cols), (HEAD_DIM,), dk, mask, (CHUNK_N, BLOCK_D))

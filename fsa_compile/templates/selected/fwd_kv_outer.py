@@ -14,9 +14,10 @@ import triton.language as tl
 
 from ...tiling import Config, Device
 from ..kernel import SEQUENCES, Kernel, Output, Plan, sequences
+from ..query_tiles import exponent_shift
 from ..sequences import Rows, Sequences
-from ..tiles import dot, exp_scaled, finite_max, finite_part, store_output
-from .lists import chunk_keys, list_rows, list_tile, load_chunk, load_rows
+from ..tiles import LOG2E, dot, finite_part, store_output
+from .lists import chunk_keys, hides_keys, list_rows, list_tile, load_chunk, load_rows
 from .sizes import LISTS, Lists, SelectedSizes, attention_inputs, list_inputs, spread, warps
 
 
@@ -28,29 +29,36 @@ def first_spoiled(v, keys):
 
 
 @triton.jit
-def attend_chunk(q, k, v, keys, pos, spoiled_from, scale):
+def attend_chunk(q, k, v, keys, pos, some_hidden, spoiled_from, factor):
     """Attention of BLOCK_M rows over the keys of one chunk, with a softmax of its own.
 
     Returns float32 ``(out [BLOCK_M, BLOCK_DV], row_max [BLOCK_M], row_sum [BLOCK_M])``: the normalised output, the
-    largest score before scaling and the sum of ``exp(scale * (score - row_max))``; a row that sees no key of the chunk
-    has 0, ``-inf`` and 0. Values are finite; a row that sees one that was not, at ``spoiled_from``, is NaN: throughout,
-    as one number a row costs nothing, where only some columns need be.
+    largest score before scaling and the sum of ``exp(scale * (score - row_max))``, with ``factor`` the scale times
+    ``log2(e)``; a row that sees no key of the chunk has 0, ``-inf`` and 0. Values are finite; a row that sees one that
+    was not, at ``spoiled_from``, is NaN: throughout, as one number a row costs nothing, where only some columns need
+    be.
+
+    What is done for each element decides the time, more than memory does: the mask is left out where no row needs it,
+    the exponent is one fused product, as in ``softmax_step``, and the division one by row.
     """
-    visible = keys[None, :] <= pos[:, None]
-    scores = tl.where(visible, dot(q, tl.trans(k)), float("-inf"))  # [BLOCK_M, CHUNK_N]
+    scores = dot(q, tl.trans(k))  # [BLOCK_M, CHUNK_N]
+    if some_hidden:
+        scores = tl.where(keys[None, :] <= pos[:, None], scores, float("-inf"))
     row_max = tl.max(scores, 1)
-    p = exp_scaled(scores, finite_max(row_max)[:, None], scale)
+    shift = exponent_shift(row_max, factor)
+    p = tl.exp2(tl.fma(scores, factor, -shift[:, None]))
     row_sum = tl.sum(p, 1)
-    total = tl.where(pos >= spoiled_from, float("nan"), tl.where(row_sum > 0, row_sum, 1.0))
-    out = dot(p.to(v.dtype), v) / total[:, None]
-    return out, row_max, row_sum
+    inverse = tl.where(pos >= spoiled_from, float("nan"), 1 / tl.where(row_sum > 0, row_sum, 1.0))
+    lost = tl.where(row_sum > 0, tl.fma(row_max, -factor, shift), 0.0)
+    return dot(p.to(v.dtype), v) * inverse[:, None], row_max, row_sum * tl.exp2(lost)
 
 
 @triton.jit
 def store_stats(partial_stats, partial, valid, row_max, row_sum):
     """Keep maximum and sum apart: one log-sum-exp, rounded at 1e4, would lose the weights between partials."""
-    tl.store(partial_stats + partial * 2, row_max, mask=valid)
-    tl.store(partial_stats + partial * 2 + 1, row_sum, mask=valid)
+    stats = partial_stats + partial.to(tl.int64) * 2
+    tl.store(stats, row_max, mask=valid)
+    tl.store(stats + 1, row_sum, mask=valid)
 
 
 @triton.jit
@@ -66,14 +74,17 @@ def selected_fwd_kv_outer_kernel(
     # A weight of 0 does not keep out what is not finite, and rows that do not see it must not notice.
     spoiled_from = first_spoiled(v_chunk, keys)
     v_chunk = finite_part(v_chunk)
+    factor = scale * LOG2E
+    keys_end = block * SIZES.BLOCK_SIZE + (chunk + 1) * SIZES.CHUNK_N
     # In a tuple only a name is a constant.
     HEAD_DIM_V: tl.constexpr = SIZES.HEAD_DIM_V
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
     cols = tl.arange(0, BLOCK_DV)[None, :]
     for m in range(tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M)):
         valid, _, t, pos, g, partial = list_rows(lists.entries, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
+        some_hidden = hides_keys(lists.entries, first, m, keys_end, run, seqs, SIZES, BLOCK_M)
         rows = load_rows(q, run.b, hk, t, g, valid, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
-        out, row_max, row_sum = attend_chunk(rows, k_chunk, v_chunk, keys, pos, spoiled_from, scale)
+        out, row_max, row_sum = attend_chunk(rows, k_chunk, v_chunk, keys, pos, some_hidden, spoiled_from, factor)
         store_stats(partial_stats, partial, valid, row_max, row_sum)
         mask = valid[:, None] & (cols < SIZES.HEAD_DIM_V)
         store_output(partial_out, (partial[:, None], cols), (HEAD_DIM_V,), out, mask, (BLOCK_M, BLOCK_DV))

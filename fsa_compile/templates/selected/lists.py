@@ -40,19 +40,31 @@ def list_rows(entries, first, last, m, chunk, run: Run, seqs: Sequences, SIZES: 
     """The ``m``-th BLOCK_M rows of a tile. A row is one query head of one entry, so that a group's heads go together.
 
     Returns ``(valid, n, t, pos, g, partial)``: whether the row exists, its query row, its place on the time axis, its
-    position, its head within the group, its partial's row.
+    position, its head within the group, its partial's row (in 32 bits: that many partials fit no memory).
     """
     row = m * BLOCK_M + tl.arange(0, BLOCK_M)
     place = first + row // SIZES.GROUP
     valid = place < last
     g = row % SIZES.GROUP
-    entry = tl.load(entries + place, mask=valid, other=0)
+    entry = tl.load(entries + place, mask=valid, other=0).to(tl.uint32)
     n = (entry // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)).to(tl.int32)
     t = n
     if seqs.cu_seqlens_q is None:
         t -= run.b * seqs.seq_len
-    partial = (entry.to(tl.int64) * SIZES.NUM_CHUNKS + chunk) * SIZES.GROUP + g
+    partial = (entry * SIZES.NUM_CHUNKS + chunk.to(tl.uint32)) * SIZES.GROUP + g.to(tl.uint32)
     return valid, n, t, run.offset + t - run.first_row, g, partial
+
+
+@triton.jit
+def hides_keys(entries, first, m, keys_end, run: Run, seqs: Sequences, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether keys before ``keys_end`` are after the position of one of the tile's ``m``-th BLOCK_M rows.
+
+    Entries are in row order: the first of them tells.
+    """
+    n = (tl.load(entries + first + m * BLOCK_M // SIZES.GROUP).to(tl.uint32) // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)).to(tl.int32)
+    if seqs.cu_seqlens_q is None:
+        n -= run.b * seqs.seq_len
+    return run.offset + n - run.first_row < keys_end - 1
 
 
 @triton.jit
