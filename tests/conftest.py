@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # What an earlier run of the tests compiled must not decide this one: a graph from a cache never meets the pass.
@@ -36,6 +38,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def device(request: pytest.FixtureRequest) -> str:
     """Each device that the operators are implemented for."""
     return request.param
+
+
+@pytest.fixture
+def much_memory() -> Iterator[None]:
+    """For a test that takes tens of GiB of a GPU: one at a time, whatever the number of workers."""
+    with open(os.path.join(tempfile.gettempdir(), "fsa_compile_much_memory.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

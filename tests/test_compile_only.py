@@ -14,7 +14,8 @@ from fsa_compile.ops.kernels import KERNELS
 from fsa_compile.ops.options import Layout
 from fsa_compile.ops.rules import RULES
 from fsa_compile.templates.kernel import Kernel, Plan
-from fsa_compile.testing.compile_only import SHARED_MEMORY, TARGETS, compile_record, device_of
+from fsa_compile.testing.compile_only import SHARED_MEMORY, TARGETS, compile_emitted, compile_record, device_of
+from fsa_compile.testing.fake_gpu import Harness
 from fsa_compile.testing.launches import Launches
 
 # Bytes a thread may spill. Those named took less time on a GPU with registers spilled than without; float32 products
@@ -116,3 +117,41 @@ def test_packed_kernels_compile() -> None:
     for kernel, plan in launches(2, 64, 64, 64, torch.bfloat16, packed=True):
         usage = compile_record(kernel, plan, kernel.config(plan.sizes, device_of("sm_90")), "sm_90")
         assert usage.spilled <= allowed(kernel, plan.sizes), kernel.name
+
+
+_T, _MANY, _FEW = 16384, (32, 128), (8, 128)
+EMITTED: dict[str, tuple[str, list[tuple[int, ...]], dict[str, Any]]] = {
+    "compressed": ("compressed_attention", [(_T, *_MANY), (1023, *_FEW), (1023, *_FEW)], {"seq_len_k": _T}),
+    "window": ("sliding_window_attention", [(_T, *_MANY), (_T, *_FEW), (_T, *_FEW)], {"window_size": 512}),
+} | {
+    order: ("selected_attention", [(_T, *_MANY), (_T, *_FEW), (_T, *_FEW), (_T, 8, 16)], {"loop_order": order})
+    for order in cost.LOOP_ORDERS
+}
+
+
+# dk and dv of compressed keys spill less as a template; with 424 bytes of stack they took thrice the time (Triton 3.6).
+EMITTED_SPILL_ALLOWANCE = 128
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EMITTED)
+def test_templates_need_no_more_than_their_records(case: str) -> None:
+    """A template inlines the kernel into code of its own, which has taken up registers that the kernel had not."""
+    name, shapes, options_ = EMITTED[case]
+
+    def fn(grad: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        results = getattr(torch.ops.fsa, f"{name}_forward")(*tensors, **options_)
+        return getattr(torch.ops.fsa, f"{name}_backward")(grad, None, *tensors, *results, **options_)
+
+    harness = Harness()
+    dtypes = [torch.bfloat16] * 3 + [torch.int32]
+    tensors = [harness.tensor(1, *shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+    emitted = compile_emitted(harness.emit(fn, harness.tensor(1, *shapes[0]), *tensors))
+    by_module = {kernel.fn.__module__: kernel for kernel in KERNELS}
+    seen = []
+    for modules, usage in emitted:
+        kernel = next(by_module[module] for module in modules if module in by_module)
+        seen.append(kernel.name)
+        assert usage.spilled <= min(allowed(kernel, None), EMITTED_SPILL_ALLOWANCE), kernel.name
+        assert usage.shared <= SHARED_MEMORY["sm_90"]
+    assert len(set(seen)) >= 2

@@ -312,7 +312,7 @@ def test_lists_hold_every_visible_entry_once_in_order(spec: Spec) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("order", ORDERS)
-def test_more_than_2_31_elements(order: str) -> None:
+def test_more_than_2_31_elements(order: str, much_memory: None) -> None:
     """q alone has 2.3e9 elements; the last rows, whose offsets do not fit 32 bits, against the reference."""
     seq_len, heads, dim = 140_000, 64, 256
     generator = torch.Generator("cuda").manual_seed(0)

@@ -92,8 +92,8 @@ def exponent_shift(row_max, factor):
 def softmax_step(scores, row_max, row_sum, factor):
     """One step of the online softmax.
 
-    ``exponent_shift`` rounds, by 1e-3 at logits of 1e4, but it is the same number in all of a row's weights; a fused product
-    adds no rounding of its own. ``softmax_end`` returns to the logarithm what the shift lost.
+    ``exponent_shift`` rounds, by 1e-3 at logits of 1e4, but it is the same number in all of a row's weights; a fused
+    product adds no rounding of its own. ``softmax_end`` returns to the logarithm what the shift lost.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     shift = exponent_shift(new_max, factor)

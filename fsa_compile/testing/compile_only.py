@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -76,6 +77,33 @@ def compile_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targ
     options = {key: kwargs[key] for key in _OPTIONS if key in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False))
     return _compile(kernel, values | {k: v for k, v in kwargs.items() if k not in _OPTIONS}, options, target)
+
+
+def compile_emitted(code: str) -> list[tuple[list[str], Usage]]:
+    """Compile the templates in a module that Inductor emitted for `pretend_h200`, with their configurations.
+
+    With the modules of the package that each imports, of which its kernel's is the first that holds a kernel.
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    found = []
+    for name, source in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, flags=re.DOTALL):
+        ours = re.findall(r"from (fsa_compile\.templates\.[\w.]+) import", source)
+        if not ours:
+            continue
+        signature, attributes = (
+            ast.literal_eval(re.search(pattern, source)[1])  # type: ignore[index]
+            for pattern in (r"'signature': (\{.*?\})", r"'configs': \[(\{.*?\})\]")
+        )
+        options = {key: int(re.search(rf"{key}=(\d+)", source)[1]) for key in _OPTIONS}  # type: ignore[index]
+        bare = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n@triton\.jit", "@triton.jit", source, flags=re.DOTALL)
+        function = getattr(PyCodeCache.load(bare), name)
+        compiled = triton.compile(
+            ASTSource(function, signature, {}, attributes), target=TARGETS["sm_90"], options=options
+        )
+        registers, stack = _cubin_usage(compiled.asm["cubin"])
+        found.append((ours, Usage(compiled.metadata.shared, registers, stack, compiled.asm["ptx"])))
+    return found
 
 
 def device_of(target: str) -> Device:

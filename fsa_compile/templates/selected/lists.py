@@ -61,7 +61,9 @@ def hides_keys(entries, first, m, keys_end, run: Run, seqs: Sequences, SIZES: tl
 
     Entries are in row order: the first of them tells.
     """
-    n = (tl.load(entries + first + m * BLOCK_M // SIZES.GROUP).to(tl.uint32) // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)).to(tl.int32)
+    n = (
+        tl.load(entries + first + m * BLOCK_M // SIZES.GROUP).to(tl.uint32) // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)
+    ).to(tl.int32)
     if seqs.cu_seqlens_q is None:
         n -= run.b * seqs.seq_len
     return run.offset + n - run.first_row < keys_end - 1
