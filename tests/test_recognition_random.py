@@ -65,7 +65,7 @@ CHOSEN = ("scatter_", "float", "add", "inverse", "compare"), ("hidden", "shifted
 CAUSAL = ("tril", "triu", "ge", "difference", "twice"), ("strict", "reversed", "windowed", "late")
 TOKENS = ("repeat", "index", "gather", "expand"), ()
 EXTRA = ("none", "own", "first", "last two"), ("dense", "odd")
-HIDE = ("masked_fill", "where", "add", "two"), ("-1e9", "zero")
+HIDE = ("masked_fill", "where", "add", "two", "smallest"), ("-1e9", "zero")
 ATTEND = ("sdpa", "sdpa additive", "matmul", "einsum", "grouped"), ()
 
 
@@ -95,7 +95,7 @@ def compose(chosen: str, causal: str, tokens: str, extra: str, hide: str, attend
         mask = selected & past
         if attend == "sdpa":
             return F.scaled_dot_product_attention(q, k, v, mask.repeat_interleave(g, 1), enable_gqa=True)
-        fill = {"-1e9": -1e9, "zero": 0.0}.get(hide, -INF)
+        fill = {"-1e9": -1e9, "zero": 0.0, "smallest": torch.finfo(q.dtype).min}.get(hide, -INF)
         if attend == "sdpa additive":
             bias = torch.zeros(mask.shape).masked_fill(~mask, fill)
             return F.scaled_dot_product_attention(q, k, v, bias.repeat_interleave(g, 1), enable_gqa=True)
@@ -135,5 +135,7 @@ def test_random_attention(data: st.DataObject) -> None:
     torch._dynamo.reset()
     backend = run(program, data.draw(st.booleans()))
     # A window may be as wide as the keys, and a wrong piece may do no harm: what counts then is the result.
+    if (hide, attend) == ("smallest", "sdpa additive"):
+        wrong = 4  # not where a row may see nothing
     assert all(site.matched for site in backend.sites) or wrong is not None, backend.sites
     assert backend.sites

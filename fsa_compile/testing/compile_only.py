@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
@@ -84,8 +85,6 @@ def compile_emitted(code: str) -> list[tuple[list[str], Usage]]:
 
     With the modules of the package that each imports, of which its kernel's is the first that holds a kernel.
     """
-    from torch._inductor.codecache import PyCodeCache
-
     found = []
     for name, source in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, flags=re.DOTALL):
         ours = re.findall(r"from (fsa_compile\.templates\.[\w.]+) import", source)
@@ -97,10 +96,13 @@ def compile_emitted(code: str) -> list[tuple[list[str], Usage]]:
         )
         options = {key: int(re.search(rf"{key}=(\d+)", source)[1]) for key in _OPTIONS}  # type: ignore[index]
         bare = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n@triton\.jit", "@triton.jit", source, flags=re.DOTALL)
-        function = getattr(PyCodeCache.load(bare), name)
-        compiled = triton.compile(
-            ASTSource(function, signature, {}, attributes), target=TARGETS["sm_90"], options=options
-        )
+        with tempfile.TemporaryDirectory() as folder:  # Triton reads a function's source from its file
+            path = Path(folder) / f"{name}.py"
+            path.write_text(bare)
+            function = runpy.run_path(str(path))[name]
+            compiled = triton.compile(
+                ASTSource(function, signature, {}, attributes), target=TARGETS["sm_90"], options=options
+            )
         registers, stack = _cubin_usage(compiled.asm["cubin"])
         found.append((ours, Usage(compiled.metadata.shared, registers, stack, compiled.asm["ptx"])))
     return found

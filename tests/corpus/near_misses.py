@@ -281,10 +281,18 @@ def filled_with_minus_1e9(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tenso
 
 
 @near_miss("not the same as -inf")
-def filled_with_the_smallest(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+def filled_with_two_numbers(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    t, g = q.shape[2], q.shape[1] // k.shape[1]
+    hidden = ~chosen_tokens(ids, t).repeat_interleave(g, 1)
+    low = torch.finfo(q.dtype).min
+    return softmax(q, k, v, lambda s: s.masked_fill(hidden, low).masked_fill(~causal(t), low / 2))
+
+
+@near_miss("not the same as -inf")
+def filled_with_the_smallest_and_scaled(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     t, g = q.shape[2], q.shape[1] // k.shape[1]
     hidden = ~(chosen_tokens(ids, t) & causal(t)).repeat_interleave(g, 1)
-    return softmax(q, k, v, lambda s: s.masked_fill(hidden, torch.finfo(s.dtype).min))
+    return softmax(q, k, v, lambda s: s.masked_fill(hidden, torch.finfo(s.dtype).min) * 1.5)
 
 
 @near_miss("not the same as -inf")

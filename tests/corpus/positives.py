@@ -313,3 +313,38 @@ def scores_halved_in_the_softmax(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -
     scores = (q @ k.transpose(-1, -2)) / d**0.5
     scores = torch.where(mask, scores, torch.tensor(float("-inf")))
     return torch.softmax(scores * 0.7, dim=-1) @ v
+
+
+def chosen_or_own(ids: Tensor, t: int) -> Tensor:
+    """[b, hk, t, t]: the listed blocks, of which the query's own is one in any case."""
+    chosen = torch.zeros(*ids.shape[:-1], blocks_of(t), dtype=torch.bool, device=ids.device).scatter(-1, ids, True)
+    block = torch.arange(t, device=ids.device) // BLOCK
+    own = block[:, None] == torch.arange(blocks_of(t), device=ids.device)
+    return (chosen | own)[..., block]
+
+
+@positive()
+def softmax_filled_with_the_smallest(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    """A row that sees nothing weighs all values alike."""
+    t, g = q.shape[2], q.shape[1] // k.shape[1]
+    chosen = torch.zeros(*ids.shape[:-1], blocks_of(t), dtype=torch.bool).scatter(-1, ids, True)
+    mask = (chosen.repeat_interleave(BLOCK, -1)[..., :t] & causal(t)).repeat_interleave(g, 1)
+    scores = (q @ k.repeat_interleave(g, 1).mT * q.shape[-1] ** -0.5).masked_fill(~mask, torch.finfo(q.dtype).min)
+    return scores.softmax(-1) @ v.repeat_interleave(g, 1)
+
+
+@positive()
+def softmax_biased_by_the_smallest(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    t, g = q.shape[2], q.shape[1] // k.shape[1]
+    mask = (chosen_or_own(ids, t) & causal(t)).repeat_interleave(g, 1)
+    bias = torch.where(mask, 0.0, torch.finfo(q.dtype).min)
+    scores = q @ k.repeat_interleave(g, 1).mT * 0.3 + bias
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v.repeat_interleave(g, 1)
+
+
+@positive()
+def sdpa_biased_by_the_smallest(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    t, g = q.shape[2], q.shape[1] // k.shape[1]
+    mask = (chosen_or_own(ids, t) & causal(t)).repeat_interleave(g, 1)
+    bias = torch.full((t, t), torch.finfo(q.dtype).min, dtype=q.dtype).masked_fill(mask, 0.0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)

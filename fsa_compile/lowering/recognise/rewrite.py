@@ -51,7 +51,11 @@ def rewrite(proof: Proof, b: Builder) -> fx.Node:
     options: dict[str, Any] = {"block_size": proof.block_size, "scale": pieces.scale}
     both = b.make(torch.ops.fsa.selected_attention.default, q, k, v, ids, **options)
     out = b.make(operator.getitem, both, 0)
-    if pieces.empty_is_nan and not proof.never_empty:
+    if proof.never_empty:
+        return _as_wanted(b, proof, out, group, want)
+    if pieces.fills != {-math.inf}:
+        out = _average_where_empty(b, proof, out, sees, v, 1 if by_query_head else group)
+    elif pieces.empty_is_nan:
         out = _nan_where_empty(b, proof, out, sees, q, k, v, 1 if by_query_head else group)
     return _as_wanted(b, proof, out, group, want)
 
@@ -167,6 +171,25 @@ def _nan_where_empty(
         reaches = b.make(torch.add, reaches, b.make(torch.sum, products, -1, keepdim=True))
     added = b.make(torch.mul, nothing, reaches)
     return b.make(torch.Tensor.to, b.make(torch.add, out, added), b.fake(out).dtype)
+
+
+def _average_where_empty(b: Builder, proof: Proof, out: fx.Node, sees: fx.Node, v: fx.Node, group: int) -> fx.Node:
+    """A softmax of one number for every key, those of the future too, weighs all values alike."""
+    fills = proof.pieces.fills
+    if len(fills) > 1 or proof.pieces.additive:
+        number = min(x for x in fills if x > -math.inf)
+        raise NotUnderstood(
+            f"hidden scores are {number:g}, which is not the same as -inf where a query sees no key: show each query "
+            "its own block in the mask, or fill with -inf"
+        )
+    if group > 1:
+        sees = b.make(torch.repeat_interleave, sees, group, 2)
+    average = b.make(torch.mean, v, 1, keepdim=True, dtype=torch.float32)
+    heads = int(b.shape(out)[2]) // int(b.shape(v)[2])
+    if heads > 1:
+        average = b.make(torch.repeat_interleave, average, heads, 2)
+    average = b.make(torch.Tensor.to, average, b.fake(out).dtype)
+    return b.make(torch.where, b.make(torch.unsqueeze, sees, -1), out, average)
 
 
 def _as_wanted(b: Builder, proof: Proof, x: fx.Node, group: int, want: torch.Tensor) -> fx.Node:

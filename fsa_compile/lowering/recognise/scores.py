@@ -11,7 +11,7 @@ from torch import fx
 
 from .evaluate import Evaluator, NotUnderstood
 from .index import Poly, Var
-from .terms import Apply, At, Const, Int, Reduce, Softmax, Term, all_of, free, replaced
+from .terms import Apply, At, Const, Int, Reduce, Softmax, Term, all_of, free, is_low, replaced
 
 __all__ = ["Pieces", "of_call", "of_term"]
 
@@ -30,7 +30,8 @@ class Pieces:
     scale: float
     visible: Term
     empty_is_nan: bool  # what a row gives that sees no key; otherwise 0
-    additive: bool  # hidden by adding -inf, so that a NaN reaches the gradients of q and k
+    additive: bool  # hidden by adding, so that the gradient of a hidden score reaches q and k
+    fills: frozenset[float]  # what is in place of hidden scores, as the softmax meets it: -inf, or a lowest number
 
 
 def of_call(
@@ -60,14 +61,16 @@ def of_call(
         raise NotUnderstood("its values are scaled")
     element = ev.value(mask, ev.aligned(mask, (*batch, Poly.of(axes[-1]), Poly.of(key))))
     is_bool = mask.meta["val"].dtype == torch.bool
-    visible = element if is_bool else all_of(*_added(element))
+    fills = [-math.inf]
+    visible = element if is_bool else all_of(*_added(element, fills := []))
     size = shape_q[-1].constant
     if scale is None and size is None:
         raise NotUnderstood("its head_dim is not a constant")
     factor = scale if scale is not None else size**-0.5  # type: ignore[operator]
     return Pieces(
-        (*axes, feature), feature, key, inner, q_at, k_at, v_at, factor * by_q * by_k, visible, False, not is_bool
-    )
+        (*axes, feature), feature, key, inner, q_at, k_at, v_at, factor * by_q * by_k, visible, False, not is_bool,
+        frozenset(fills),
+    )  # fmt: skip
 
 
 def of_term(ev: Evaluator, out: fx.Node) -> Pieces:
@@ -103,7 +106,7 @@ def of_term(ev: Evaluator, out: fx.Node) -> Pieces:
         raise NotUnderstood("its values have no axis of their own")
     scale = found.scale * by_q * by_k
     return Pieces(
-        axes, feature[0], key, found.inner, q, k, v, scale, found.visible, True, found.additive
+        axes, feature[0], key, found.inner, q, k, v, scale, found.visible, True, found.additive, frozenset(found.fills)
     )  # fmt: skip
 
 
@@ -134,14 +137,17 @@ def _is_widening(old: torch.dtype, new: torch.dtype) -> bool:
 
 
 class _Scores:
-    """What a softmax is taken of: a product of q and k, times constants, with keys hidden by -inf."""
+    """What a softmax is taken of: a product of q and k, times constants, with keys hidden by -inf or what is as low."""
 
     def __init__(self, x: Term) -> None:
         self.scale = 1.0
         self.additive = False
+        self.fills: list[float] = []
         masks: list[Term] = []
+        narrowed = False
         while True:
             if isinstance(x, Apply) and x.name == "cast":
+                narrowed |= not _is_widening(x.args[1], x.args[2])
                 x = x.args[0]
             elif isinstance(x, Apply) and x.name == "mul":
                 if not x.args[1].value > 0:
@@ -150,14 +156,17 @@ class _Scores:
                 x = x.args[0]
             elif isinstance(x, Apply) and x.name == "where":
                 visible, x, fill = x.args
-                if isinstance(x, Const) or not isinstance(fill, Const) or fill.value != -math.inf:
+                if isinstance(x, Const) or not is_low(fill, self.scale):
                     fill = x if isinstance(x, Const) else fill
                     raise NotUnderstood(f"hidden scores are {_shown(fill)}, which is not the same as -inf")
                 masks.append(visible)
+                self.fills.append(fill.value * self.scale)
+                if narrowed or self.scale > 1:  # may have become -inf
+                    self.fills.append(-math.inf)
             elif isinstance(x, Apply) and x.name == "add":
                 a, b = x.args
                 mask, x = (a, b) if _holds_product(b) else (b, a)
-                masks += _added(mask)
+                masks += _added(mask, self.fills)
                 self.additive = True
             else:
                 break
@@ -176,17 +185,18 @@ def _holds_product(x: Any) -> bool:
     return isinstance(x, Apply) and any(_holds_product(part) for part in x.args)
 
 
-def _added(x: Term) -> list[Term]:
-    """The masks of which a term is 0 where all hold and -inf elsewhere."""
+def _added(x: Term, fills: list[float]) -> list[Term]:
+    """The masks of which a term is 0 where all hold, and -inf or as low elsewhere."""
     if isinstance(x, Apply) and x.name == "cast":
-        return _added(x.args[0])
+        return _added(x.args[0], fills)
     if isinstance(x, Apply) and x.name == "add":
-        return [*_added(x.args[0]), *_added(x.args[1])]
+        return [*_added(x.args[0], fills), *_added(x.args[1], fills)]
     if isinstance(x, Apply) and x.name == "where":
         visible, inner, fill = x.args
-        if not isinstance(fill, Const) or fill.value != -math.inf:
+        if not is_low(fill):
             raise NotUnderstood(f"the mask adds {_shown(fill)} to hidden scores, which is not the same as -inf")
-        return [visible, *_added(inner)]
+        fills.append(fill.value)
+        return [visible, *_added(inner, fills)]
     if isinstance(x, (Const, Int)) and (x.poly.constant if isinstance(x, Int) else x.value) == 0:
         return []
     raise NotUnderstood("something other than a mask of 0 and -inf is added to its scores")

@@ -6,7 +6,6 @@ indices as `NonNeg`, constants folded. Two equal terms are the same value; the r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -252,6 +251,15 @@ def _number(x: Term) -> Any:
     return x.value if isinstance(x, Const) else None
 
 
+def is_low(x: Term, scale: float = 1.0) -> bool:
+    """Whether a score that is `x`, times `scale`, has a weight of exactly 0 beside any key that is seen.
+
+    Only float32 and bfloat16 have numbers so low, as `torch.finfo(dtype).min` is, and no product of queries and keys
+    that is not on the way to -inf is.
+    """
+    return isinstance(x, Const) and isinstance(x.value, float) and x.value * scale <= -1e30
+
+
 def where(condition: Term, a: Term, b: Term) -> Term:
     """`a if condition else b`."""
     if isinstance(condition, Const):
@@ -264,7 +272,7 @@ def where(condition: Term, a: Term, b: Term) -> Term:
         return any_of(condition, b) if a == TRUE else all_of(condition, a)
     if a == FALSE or b == TRUE:
         return all_of(negate(condition), b) if a == FALSE else any_of(negate(condition), a)
-    if isinstance(a, Const) and a.value == -math.inf:
+    if is_low(a):  # what hides comes last
         return Apply("where", (negate(condition), b, a))
     return Apply("where", (condition, a, b))
 
