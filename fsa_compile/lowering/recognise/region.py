@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .evaluate import NotUnderstood
@@ -254,7 +255,8 @@ def trace(region: Region, results: Iterable[fx.Node], fake_mode: Any) -> fx.Grap
         if not isinstance(value, (torch.Tensor, torch.SymInt, int)):
             raise NotUnderstood(f"{node.name}, which goes into it, is a {type(value).__name__}")
         values.append(value.detach() if isinstance(value, torch.Tensor) else value)
-    with _autocast(region.autocast), fake_mode, torch.no_grad():
+    # With the Python dispatcher: in torch 2.11 the C++ decomposition of `matmul` makes constants of dynamic sizes.
+    with _autocast(region.autocast), enable_python_dispatcher(), fake_mode, torch.no_grad():
         return make_fx(fn, tracing_mode="real")(*values)
 
 
