@@ -129,7 +129,7 @@ EMITTED: dict[str, tuple[str, list[tuple[int, ...]], dict[str, Any]]] = {
 }
 
 
-# dk and dv of compressed keys spill less as a template; with 424 bytes of stack they took thrice the time (Triton 3.6).
+# dk and dv of compressed keys spill less as a template; with 424 bytes of stack the backward took twice as long.
 EMITTED_SPILL_ALLOWANCE = 128
 
 

@@ -48,8 +48,7 @@ def chunk_gradients(q, grad_out, k, v, keys, pos, some_hidden, shift, log_sum, d
     Returns ``(dk, dv, ds_t)``: float32 ``[CHUNK_N, BLOCK_D]``, ``[CHUNK_N, BLOCK_DV]`` and the gradient of the scores
     before scaling, ``[CHUNK_N, BLOCK_M]`` (keys first, so that both products take it as it lies in registers).
 
-    Masks are left out where no row needs them, and rows that see nothing get a sum of weights without end: what is
-    done for each element decides the time.
+    Masks are left out where no row needs them; a row that sees nothing gets an infinite sum, so that its weights are 0.
     """
     scores = dot(k, tl.trans(q))  # [CHUNK_N, BLOCK_M]
     if some_hidden:

@@ -38,8 +38,8 @@ def attend_chunk(q, k, v, keys, pos, some_hidden, spoiled_from, factor):
     was not, at ``spoiled_from``, is NaN: throughout, as one number a row costs nothing, where only some columns need
     be.
 
-    What is done for each element decides the time, more than memory does: the mask is left out where no row needs it,
-    the exponent is one fused product, as in ``softmax_step``, and the division one by row.
+    The mask is left out where no row needs it, the exponent is one fused product, as in ``softmax_step``, and the
+    division one by row; what takes the time is memory (docs/decisions/partials.md).
     """
     scores = dot(q, tl.trans(k))  # [BLOCK_M, CHUNK_N]
     if some_hidden:
