@@ -26,6 +26,9 @@ from hypothesis import HealthCheck, settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    torch.use_deterministic_algorithms(True)  # memory that no kernel wrote is NaN, and not what happens to lie there
+
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, suppress_health_check=_SLOW)
@@ -38,6 +41,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def device(request: pytest.FixtureRequest) -> str:
     """Each device that the operators are implemented for."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def memory_for_others() -> Iterator[None]:
+    """A worker of several does not keep what its tests no longer need."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

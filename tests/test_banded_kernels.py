@@ -242,6 +242,22 @@ def test_padded(kind: Kind, dtype: torch.dtype) -> None:
 
 
 @kernels
+@pytest.mark.parametrize("kind", [COMPRESSED, SLIDING, Kind(window=64)], ids=str)
+def test_padded_is_each_sequence_alone(kind: Kind) -> None:
+    """Bit for bit: where a buffer's keys begin does not decide how sums are cut."""
+    problem = padded(kind, 90, 200, ((0, 200), (11, 145), (77, 120)), heads=1)
+    inputs = draw(problem, torch.float32)
+    have = ours(problem, *inputs)
+    for run in problem.runs:
+        keys = slice(run.first_key, run.first_key + kind.num_keys(run.length))
+        q, k, v, *grads = (x[run.b : run.b + 1] for x in inputs)
+        alone = ours(batched(kind, 1, 90, run.length, heads=1), q, k[:, keys], v[:, keys], *grads)
+        parts = [x[run.b : run.b + 1] for x in have]
+        for whole, want in zip([*parts[:3], *(x[:, keys] for x in parts[3:])], alone, strict=True):
+            assert torch.equal(whole, want)
+
+
+@kernels
 @pytest.mark.parametrize("kind", [COMPRESSED, Kind(window=20)], ids=str)
 def test_groups_wider_than_a_tile(kind: Kind) -> None:
     check(batched(kind, 1, 12, 30, heads=1, group=200), DTYPES[-1])

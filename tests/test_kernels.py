@@ -18,6 +18,7 @@ import torch
 import triton
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from layouts import PACKED, PADDED, agrees_with_reference, call_with, packed_layout, padded_layout, tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,7 +85,9 @@ class Selected(torch.autograd.Function):
 
 
 def in_order(order: str) -> Any:
-    def fn(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int, scale: Any, **given: Any) -> Any:
+    def fn(
+        q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int, scale: Any = None, **given: Any
+    ) -> Any:
         scale = q.shape[3] ** -0.5 if scale is None else scale
         return Selected.apply(q, k, v, block_indices, options.Selected(block_size, scale, order), Layout(**given))
 
@@ -238,6 +241,26 @@ def test_what_is_not_finite_reaches_only_the_rows_that_see_it(order: str, value:
         assert torch.equal(clean[:, :first], other[:, :first])
     if of == "v" or value != value:  # an infinite key may have a weight of 0
         assert not spoiled[0][:, first:].isfinite().all(-1).any()
+
+
+@kernels
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("seq_len,seq_len_k,bounds_q,bounds_k", PACKED)
+def test_packed(order: str, seq_len: int, seq_len_k: int, bounds_q: Any, bounds_k: Any) -> None:
+    """Lengths in any relation, and rows before the first and after the last sequence."""
+    layout = packed_layout(bounds_q, bounds_k, DEVICE)
+    call = call_with("selected_attention", tensors(1, seq_len, seq_len_k, DEVICE), seq_len_k, **layout)
+    agrees_with_reference(call, in_order(order))
+
+
+@kernels
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("seq_len,seq_len_k,used,left", PADDED)
+def test_padded(order: str, seq_len: int, seq_len_k: int, used: Any, left: Any) -> None:
+    """Rows before the first key see nothing."""
+    layout = padded_layout(used, left, DEVICE)
+    call = call_with("selected_attention", tensors(3, seq_len, seq_len_k, DEVICE), seq_len_k, **layout)
+    agrees_with_reference(call, in_order(order))
 
 
 @kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,95 +10,33 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from layouts import PACKED, PADDED, S, agrees_with_reference, call_with, packed_layout, padded_layout, tensors
 
 from fsa_compile.ops import compressed, compression, selected, selection, window
 from fsa_compile.ops.dispatch import implementation
-from fsa_compile.testing.budget import assert_within_budget
 from fsa_compile.testing.calls import STAGES, Call, results, run, upstream_of
 from fsa_compile.testing.inputs import cumulative
-from fsa_compile.testing.specs import Spec
 
 ATTENTION = tuple(name for name in STAGES if name not in ("mean_compress", "nsa_attention"))
 fsa = torch.ops.fsa
-S = Spec()
 KEYS = ("k", "v")
 
 
-def tensors(
-    batch: int, seq_len: int, seq_len_k: int, device: str, seed: int = 0, packed: bool = False
-) -> SimpleNamespace:
-    """Random arguments of every stage, by name; block ids anywhere, in the future as well, none twice in a row."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    rows = (batch, seq_len, S.num_q_heads)
-    count = seq_len_k // S.kernel_stride if packed else max(0, (seq_len_k - S.kernel_size) // S.kernel_stride + 1)
-    num_blocks = max(S.num_selected, -(-seq_len_k // S.block_size))
-    rank = torch.rand(batch, seq_len, S.num_kv_heads, num_blocks, generator=generator)
-    return SimpleNamespace(
-        q=normal(*rows, S.head_dim),
-        **{name: normal(batch, seq_len_k, S.num_kv_heads, S.head_dim) for name in ("k", "v")},
-        **{name: normal(batch, count, S.num_kv_heads, S.head_dim) for name in ("k_cmp", "v_cmp")},
-        gates=[normal(*rows).sigmoid() for _ in range(3)],
-        lse=normal(*rows),
-        block_indices=rank.argsort(-1)[..., : S.num_selected].int().to(device),
-    )
-
-
-def call_with(name: str, x: SimpleNamespace, seq_len_k: int, **layout: Any) -> Call:
-    """A call of any operator; `layout` in the names of the attention stages."""
-    if name == "mean_compress":
-        keys = layout.get("cu_seqlens_k", layout.get("cu_seqlens_q"))
-        options = {"cu_seqlens": keys, "seqused": layout.get("seqused_k"), "leftpad": layout.get("leftpad_k")}
-        return Call(name, (x.k,), (), {**S.windows, **options})
-    if name == "compressed_attention":
-        return Call(name, (x.q, x.k_cmp, x.v_cmp), (), {**S.windows, **layout, "seq_len_k": seq_len_k})
-    if name == "select_blocks":
-        return Call(name, (x.q, x.k_cmp), (x.lse,), {**S.windows, **S.selection, **layout, "seq_len_k": seq_len_k})
-    if name == "selected_attention":
-        return Call(name, (x.q, x.k, x.v), (x.block_indices,), {**layout, "block_size": S.block_size})
-    if name == "sliding_window_attention":
-        return Call(name, (x.q, x.k, x.v), (), {**layout, "window_size": S.window_size})
-    options = {**S.windows, **S.selection, **layout, "window_size": S.window_size, "block_indices": x.block_indices}
-    return Call(name, (x.q, x.k, x.v, *x.gates), (), options)
+@pytest.fixture(autouse=True)
+def memory_that_nobody_wrote_is_nan() -> Iterator[None]:
+    """Not what happens to lie there, which is often the right result of the test before."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def check(call: Call) -> None:
     """Results and gradients are the reference's; select_blocks' are its ids."""
+    if call.name != "select_blocks":
+        return agrees_with_reference(call, call.op())
     double = call.to(torch.float64)
-    if call.name == "select_blocks":
-        assert torch.equal(
-            fsa.select_blocks(*call.args, **call.options), double.reference()(*double.args, **call.options)
-        )
-        return
-    upstream = upstream_of(call)
-    have, have_grads = run(call.op(), call, upstream)
-    want, want_grads = run(call.reference(), double, upstream)
-    eager, eager_grads = run(call.reference(), call, upstream)
-    triples = zip([*have, *have_grads], [*want, *want_grads], [*eager, *eager_grads], strict=True)
-    for i, (a, b, c) in enumerate(triples):
-        assert a.is_contiguous()
-        if b.numel():
-            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5, msg=lambda m, i=i: f"{call.name} {i}: {m}")
-            assert_within_budget(a, b, c, f"{call.name} {i}", torch.float32)
-
-
-PACKED = (
-    # rows of q and of k, cu_seqlens_q, cu_seqlens_k (None: the same)
-    pytest.param(30, 40, (0, 20, 30), (0, 10, 40), id="more_queries_than_keys"),
-    pytest.param(50, 30, (0, 40, 50), (0, 0, 30), id="queries_without_keys"),
-    pytest.param(9, 80, (0, 0, 9), (0, 50, 80), id="keys_without_queries"),
-    pytest.param(64, 64, (0, 20, 50), None, id="a_tail"),
-    pytest.param(64, 64, (7, 20, 50), None, id="a_head_and_a_tail"),
-    pytest.param(64, 90, (5, 20, 50), (13, 40, 77), id="heads_and_tails_of_two_lengths"),
-    pytest.param(64, 64, (0, 20, 80), None, id="past_the_end"),
-    pytest.param(64, 64, (-9, 20, 64), None, id="before_the_start"),
-    pytest.param(64, 40, (0, 20, 90), (0, 90, 95), id="past_both_ends"),
-    pytest.param(64, 64, (64, 64, 64), None, id="nothing_but_a_head"),
-)
+    assert torch.equal(fsa.select_blocks(*call.args, **call.options), double.reference()(*double.args, **call.options))
+    return None
 
 
 @pytest.mark.parametrize("name", [*STAGES, "select_blocks"])
@@ -106,9 +45,7 @@ def test_packed(
     device: str, name: str, seq_len: int, seq_len_k: int, bounds_q: tuple[int, ...], bounds_k: tuple[int, ...] | None
 ) -> None:
     """Lengths in any relation, buffers longer than what is in them; what is said to lie outside is not there."""
-    layout = {"cu_seqlens_q": torch.tensor(bounds_q, dtype=torch.int32, device=device)}
-    if bounds_k is not None:
-        layout["cu_seqlens_k"] = torch.tensor(bounds_k, dtype=torch.int32, device=device)
+    layout = packed_layout(bounds_q, bounds_k, device)
     check(call_with(name, tensors(1, seq_len, seq_len_k, device, packed=True), seq_len_k, **layout))
 
 
@@ -131,29 +68,14 @@ def test_rows_of_no_sequence_are_zeros(device: str, name: str) -> None:
         assert not grad[:, outside].any()
 
 
-LENGTHS = (  # rows of q, capacity of k, ends and starts of the keys
-    pytest.param(5, 70, (70, 31, 64), None, id="cache"),
-    pytest.param(40, 70, (70, 11, 0), (0, 3, 0), id="any"),
-    pytest.param(40, 40, None, (0, 13, 39), id="left"),
-    pytest.param(40, 40, (40, 17, 25), None, id="right"),
-    pytest.param(33, 70, (70, 60, 35), (2, 50, 5), id="both"),
-    pytest.param(20, 50, (90, 30, -5), (-3, 40, 0), id="outside"),
-)
-
-
-def layout_of(used: Any, left: Any, device: str) -> dict[str, Tensor]:
-    given = {"seqused_k": used, "leftpad_k": left}
-    return {n: torch.tensor(x, dtype=torch.int32, device=device) for n, x in given.items() if x is not None}
-
-
 @pytest.mark.parametrize("name", [*STAGES, "select_blocks"])
-@pytest.mark.parametrize("seq_len,seq_len_k,used,left", LENGTHS)
+@pytest.mark.parametrize("seq_len,seq_len_k,used,left", PADDED)
 def test_padded(device: str, name: str, seq_len: int, seq_len_k: int, used: Any, left: Any) -> None:
-    check(call_with(name, tensors(3, seq_len, seq_len_k, device), seq_len_k, **layout_of(used, left, device)))
+    check(call_with(name, tensors(3, seq_len, seq_len_k, device), seq_len_k, **padded_layout(used, left, device)))
 
 
 @pytest.mark.parametrize("name", [*STAGES, "select_blocks"])
-@pytest.mark.parametrize("seq_len,seq_len_k,used,left", LENGTHS)
+@pytest.mark.parametrize("seq_len,seq_len_k,used,left", PADDED)
 @pytest.mark.parametrize("scale", [1.0, 2048.0])
 def test_padded_is_each_sequence_alone(
     device: str, name: str, seq_len: int, seq_len_k: int, used: Any, left: Any, scale: float
@@ -168,7 +90,7 @@ def test_padded_is_each_sequence_alone(
         for y in (x.k, x.v):
             y[b, : starts[b]] = torch.nan
             y[b, starts[b] + lengths[b] :] = torch.nan
-    call = call_with(name, x, seq_len_k, **layout_of(used, left, device))
+    call = call_with(name, x, seq_len_k, **padded_layout(used, left, device))
     if name == "select_blocks":
         whole = results(call.op()(*call.args, **call.options))
     else:
@@ -271,10 +193,9 @@ def test_portable(name: str, layout: str) -> None:
     modules = (compressed, compression, selected, selection, window)
     portable = {n: implementation(n, getattr(m.portable, n)) for m in modules for n in m.portable.__all__}
     if layout == "padded":
-        call = call_with(name, tensors(3, 33, 70, "cpu"), 70, **layout_of((70, 60, 35), (2, 50, 5), "cpu"))
+        call = call_with(name, tensors(3, 33, 70, "cpu"), 70, **padded_layout((70, 60, 35), (2, 50, 5), "cpu"))
     else:
-        bounds = {"cu_seqlens_q": (5, 30, 30, 50), "cu_seqlens_k": (13, 40, 50, 77)}
-        given = {n: torch.tensor(x, dtype=torch.int32) for n, x in bounds.items()}
+        given = packed_layout((5, 30, 30, 50), (13, 40, 50, 77), "cpu")
         call = call_with(name, tensors(1, 64, 90, "cpu", packed=True), 90, **given)
     forward = f"{name}_forward" if name in ATTENTION else name
     have = results(portable[forward](*call.args, **call.options))

@@ -79,3 +79,18 @@ def test_a_backward_is_kernels(name: str) -> None:
     names = [kernel for kernel, _ in emitted(code)]
     assert [n for n in names if n != "pointwise"] == ["banded", *want]
     assert not re.findall(r"torch\.ops\.fsa\.(\w+)\.default\(", code)
+
+
+class Exported(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> Tensor:
+        return fsa_compile.nsa_attention(q, k, v, *gates)
+
+
+def test_an_exported_compression_needs_no_size_of_its_own() -> None:
+    """The number of compressed tokens, which an exported program leaves open, is told by the kernel's input."""
+    harness = Harness()
+    length = torch.export.Dim("T", min=2, max=4096)
+    shapes = ({1: length}, {1: length}, {1: length}, ({1: length},) * 3)
+    code = harness.emit_exported(Exported(), *inputs(harness, False), dynamic_shapes=shapes)
+    assert "compression" in [name for name, _ in emitted(code)]
+    assert not re.search(r"\bu\d+\b", re.sub("#.*", "", code))

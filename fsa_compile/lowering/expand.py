@@ -30,7 +30,7 @@ __all__ = ["expand_graph", "semantic_operators"]
 log = logging.getLogger(__name__)
 
 # Facts about the replaced call itself, wrong for the calls that replace it.
-_OWN_META = frozenset(("val", "tensor_meta", "eager_input_vals", "example_value"))
+_OWN_META = frozenset(("val", "tensor_meta", "eager_input_vals", "example_value", "unbacked_bindings"))
 _MADE = "fsa_compile"
 _MUST_KEEP = frozenset(("MUST_SAVE", "PREFER_SAVE"))
 
@@ -106,6 +106,13 @@ def _implementation(rule: Rule) -> Callable[..., Any]:
     return implementation(rule.op, rule.fn, values=False)
 
 
+def _equate(old: Any, new: Any) -> None:
+    """Sizes that were the operator's own, as an exported compression has them, are now told by those of its inputs."""
+    for a, b in zip(pytree.tree_leaves(old), pytree.tree_leaves(new), strict=True):
+        for have, want in zip(a.shape, b.shape, strict=True):
+            torch._check(have == want)
+
+
 class _Expansion:
     def __init__(self, graph: fx.Graph, rules: dict[Any, Rule]) -> None:
         self.graph, self.rules = graph, rules
@@ -133,6 +140,8 @@ class _Expansion:
         if choice is not None:
             bound["loop_order"] = choice.order
         traced = _trace(_implementation(rule), bound, first.fake_mode)  # type: ignore[attr-defined]
+        if node.meta.get("unbacked_bindings"):
+            _equate(node.meta["val"], pytree.tree_map(_value, traced.graph.output_node().args[0]))
         self._inline(node, bound, traced)
         return _site(node, True, choice)
 

@@ -31,8 +31,11 @@ def load_statistics(rows: Statistics, row, exists):
 
 @triton.jit
 def is_visible(block, pos, BLOCK_SIZE: tl.constexpr):
-    """Whether a block id names a block that the query at ``pos`` may read: not padding, not in the future, in range."""
-    return (block >= 0) & (block <= pos // BLOCK_SIZE)
+    """Whether a block id names a block that the query at ``pos`` may read: not padding, not in the future, in range.
+
+    A negative position sees nothing; on a GPU division rounds towards zero, and would give it block 0.
+    """
+    return (block >= 0) & (pos >= 0) & (block <= pos // BLOCK_SIZE)
 
 
 @triton.jit

@@ -108,12 +108,24 @@ class Harness:
 
     def emit(self, fn: Callable[..., Any], *tensors: torch.Tensor, **options: Any) -> str:
         """The generated module for ``fn(*tensors)``, after the joint-graph pass; ``options`` are Inductor's."""
-        with pretend_h200(), config.patch(options), self.mode, V.set_fake_mode(self.mode), torch.no_grad():
+        with pretend_h200(), self.mode, torch.no_grad():
             gm = make_fx(fn, select_decomp_table(), tracing_mode="real")(*tensors)
+        return self._emit(gm, self.mode, tensors, options)
+
+    def emit_exported(self, model: torch.nn.Module, *tensors: torch.Tensor, dynamic_shapes: Any) -> str:
+        """The same of the program that `torch.export` makes of a model."""
+        with pretend_h200(), torch.no_grad():
+            program = torch.export.export(model, tensors, dynamic_shapes=dynamic_shapes)
+            gm = program.run_decompositions(select_decomp_table()).graph_module
+        values = tuple(n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder")
+        return self._emit(gm, values[0].fake_mode, values, {})
+
+    def _emit(self, gm: torch.fx.GraphModule, mode: FakeTensorMode, tensors: Any, options: dict[str, Any]) -> str:
+        with pretend_h200(), config.patch(options), mode, V.set_fake_mode(mode), torch.no_grad():
             PASS(gm.graph)
             gm.recompile()
             self.graph = gm.graph
-            lowering = GraphLowering(gm, example_inputs=list(tensors), shape_env=self.mode.shape_env)
+            lowering = GraphLowering(gm, example_inputs=list(tensors), shape_env=mode.shape_env)
             with V.set_graph_handler(lowering), V.set_extern_kernel_nodes([]), DebugContext():
                 lowering.run(*tensors)
                 code = lowering.codegen()[0]

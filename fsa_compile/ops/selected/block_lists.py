@@ -45,6 +45,7 @@ def _packed_rows(
 ) -> tuple[Tensor, Tensor]:
     """Position of each row, negative in no sequence, and the number of its run's block 0 (`sequences.run_of_block`)."""
     num_seqs = cu_seqlens_q.shape[0] - 1
+    cu_seqlens_q = cu_seqlens_q.clamp(0, rows.shape[0])  # as the kernels see it
     run = torch.searchsorted(cu_seqlens_q, rows, right=True, out_int32=True)  # 0 is what lies before the first
     seq = (run - 1).clamp_(0, num_seqs - 1)
     starts = cu_seqlens_k.clamp(0, seq_len_k)

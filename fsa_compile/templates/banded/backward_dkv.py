@@ -25,6 +25,7 @@ from .sizes import (
     extent,
     inputs,
     key_tile,
+    rows_of_keys,
 )
 
 
@@ -198,7 +199,7 @@ def _load_tile_keys(base, stride, first, count, WIDTH: tl.constexpr, BLOCK_W: tl
     cols = tl.arange(0, BLOCK_W)
     j = first + tl.arange(0, BLOCK_N)
     rows = j.to(tl.int64) * stride
-    mask = ((j >= 0) & (j < count))[:, None] & (cols < WIDTH)[None, :]
+    mask = (j < count)[:, None] & (cols < WIDTH)[None, :]
     return tl.load(base + (rows[:, None] + cols[None, :]), mask=mask, other=0.0)
 
 
@@ -243,8 +244,8 @@ def banded_bwd_dkv_tile(
             grad_out, q, keys, values, shift, log_sum, delta, start, end, seqs, hk, tile, factor, SIZES, 16,
             16 // FEW_HEADS, FEW_HEADS, BLOCK_N, True, 2, 1,
         )  # fmt: skip
-    row = tile.first_key + tile.first + tl.arange(0, BLOCK_N)
-    return dk * scale, dv, run.b, row, (row >= 0) & (row < tile.row_end)
+    row, exists = rows_of_keys(tile, seqs, num_key_rows, BLOCK_N)
+    return dk * scale, dv, run.b, row, exists
 
 
 @triton.jit

@@ -173,7 +173,7 @@ def nan_of_keys(
 
 
 class KeyTile(NamedTuple):
-    """A tile of keys. first: its first key, which may be before the run's. row: that key's row of ``k``.
+    """A tile of keys. first: its first key, counted within the run.
 
     row_end: the rows of ``k`` to write end there. some_from to some_to: the tokens of the run that see some of the
     keys; all_from to all_to: those that see them all.
@@ -197,7 +197,10 @@ def _clamped(pos, run: Run):
 
 @triton.jit
 def key_tile(seqs: Sequences, num_key_rows, w, SIZES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Key tile ``w``. Tiles cover every row of ``k``, those of no run as well, whose gradients are zero."""
+    """Key tile ``w``. Tiles cover every row of ``k``, those of no run as well, whose gradients are zero.
+
+    They count from a run's first key, so that its sums do not depend on where it lies; ``rows_of_keys`` tells where.
+    """
     if seqs.cu_seqlens_k is not None:
         SPAN: tl.constexpr = BLOCK_N * SIZES.STRIDE
         r = find_run(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, w, SPAN)
@@ -211,9 +214,9 @@ def key_tile(seqs: Sequences, num_key_rows, w, SIZES: tl.constexpr, BLOCK_N: tl.
         b = w // tiles
         run = batched_run(seqs, b)
         first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
-        first = (w - b * tiles) * BLOCK_N - first_key
+        first = (w - b * tiles) * BLOCK_N
         row_end = w * 0 + num_key_rows
-    low = tl.maximum(first, 0) * SIZES.STRIDE + SIZES.FIRST_END
+    low = first * SIZES.STRIDE + SIZES.FIRST_END
     high = (tl.minimum(first + BLOCK_N, count) - 1) * SIZES.STRIDE + SIZES.FIRST_END
     some_from = _clamped(low, run)
     all_from = _clamped(high, run)
@@ -224,3 +227,16 @@ def key_tile(seqs: Sequences, num_key_rows, w, SIZES: tl.constexpr, BLOCK_N: tl.
         some_to = _clamped(high + SIZES.WINDOW, run)
     some_to = tl.where(low > high, some_from, some_to)
     return KeyTile(run, first, first_key, count, row_end, some_from, all_from, all_to, some_to)
+
+
+@triton.jit
+def rows_of_keys(tile: KeyTile, seqs: Sequences, num_key_rows, BLOCK_N: tl.constexpr):
+    """The rows of ``k`` that a tile's keys are, and which of them there are.
+
+    A padded batch row's come round to what lies before its first key, as in ``run_of_block``.
+    """  # [BLOCK_N]
+    row = tile.first_key + tile.first + tl.arange(0, BLOCK_N)
+    if seqs.leftpad_k is not None:
+        exists = tile.first + tl.arange(0, BLOCK_N) < num_key_rows
+        return tl.where(row >= num_key_rows, row - num_key_rows, row), exists
+    return row, (row >= 0) & (row < tile.row_end)
