@@ -1,6 +1,6 @@
 """Sequences one by one, on a CPU: where each lies, and an attention's forward and backward over all of them.
 
-What each gives is, bit for bit, what it gives alone, and rows of none are zeros.
+What each gives is, bit for bit, what it gives alone (in the same loop order), and rows of none are zeros.
 """
 
 from __future__ import annotations
