@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 
 from fsa_compile import cost
 from fsa_compile.calibrate import __main__ as program
-from fsa_compile.calibrate import report, timing
+from fsa_compile.calibrate import ahead, report, timing
 from fsa_compile.calibrate.fit import fit, predicted, residuals
 from fsa_compile.calibrate.grid import CELLS, Cell, Measurement
 from fsa_compile.cost import calibration
@@ -227,6 +229,7 @@ def gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(program, "gpu_of", lambda index: (NAME, cost.Properties("sm_90", 132, 141 << 30)))
     monkeypatch.setattr(program, "measure", lambda cell, device: (made(TRUTH, [cell]), []))
+    monkeypatch.setattr(program, "compile_ahead", lambda cells, device, seconds: None)
     return cache
 
 
@@ -331,6 +334,12 @@ def test_a_cell_is_measured_in_every_order(monkeypatch: pytest.MonkeyPatch) -> N
     assert [text.split(",")[0] for text in failed] == ["tile forward", "tile backward"]
     assert all("RuntimeError: does not fit" in text for text in failed)
 
+    def large(*args: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timing, "variants", large)
+    assert timing.measure(cell, torch.device("cpu"))[0] == []
+
 
 def test_a_gpu_is_timed_by_its_own_clock_behind_a_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
@@ -350,6 +359,46 @@ def test_a_gpu_is_timed_by_its_own_clock_behind_a_head_start(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "Event", Event)
     assert timing._once(lambda: log.append("run"), torch.device("cuda", 0)) == pytest.approx(3e-3)
     assert log == ["synchronize", "_sleep", "record", "run", "record", "synchronize"]
+
+
+def test_what_cannot_be_kept_is_said(
+    gpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FSA_COMPILE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert program.main([]) == 1
+    assert "cannot be kept" in capsys.readouterr().err
+
+
+def test_every_kind_of_kernel_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ahead.kinds(CELLS)
+    sizes = {replace(cell.problem, seq_len=1, seq_len_k=1) for cell in CELLS}
+    assert {replace(cell.problem, seq_len=1, seq_len_k=1) for cell in found} == sizes
+    assert len(found) == len(sizes)
+    assert {cell.problem.seq_len for cell in found} == {min(cell.problem.seq_len for cell in CELLS)}
+
+    called: list[Any] = []
+
+    def variants(problem: cost.Problem, device: torch.device) -> tuple[cost.Problem, dict[str, Any]]:
+        return problem, {"fails": lambda: 1 / 0, "runs": lambda: called.append((problem, device.type))}
+
+    monkeypatch.setattr(timing, "variants", variants)
+    monkeypatch.setattr(ahead.os, "dup2", lambda *args: None)
+    ahead.run_once(found, "cpu")
+    assert called == [(cell.problem, "cpu") for cell in found]
+
+
+def hang(cells: list[Cell], device: str) -> None:
+    """Stands in for a compiler that does not come back."""
+    time.sleep(600)
+
+
+def test_processes_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 4)
+    start = time.monotonic()
+    ahead.compile_ahead(CELLS, torch.device("cpu"), 0.5, target=hang)
+    assert 0.5 <= time.monotonic() - start < 60
+    assert not multiprocessing.active_children()
 
 
 def test_agreement_of_a_selection() -> None:

@@ -27,6 +27,7 @@ from ..cost import calibration
 from ..cost.device import known
 from ..ops.problem import gpu_of
 from . import report
+from .ahead import compile_ahead
 from .fit import fit
 from .grid import CELLS, Cell, Measurement
 from .timing import measure
@@ -45,8 +46,10 @@ def progress(cells: Sequence[Cell], seconds: float) -> Iterator[Cell]:
             if time.perf_counter() - start > seconds:
                 break
             p = cell.problem
-            bar(i, f"T={p.seq_len} G={p.gqa_group_size} D={p.head_dim} {p.block_size}x{p.num_selected}")
+            text = f"T={p.seq_len} G={p.gqa_group_size} D={p.head_dim} {p.block_size}x{p.num_selected}"
+            bar(i, text)
             yield cell
+            bar(i + 1, text)
     finally:
         bar(None, "")
 
@@ -87,7 +90,10 @@ def _measured(device: torch.device, seconds: float) -> list[Measurement]:
     found: list[Measurement] = []
     failures: list[str] = []
     done = 0
-    for cell in progress(CELLS, seconds):
+    start = time.perf_counter()
+    print("compiling the kernels", file=sys.stderr, flush=True)
+    compile_ahead(CELLS, device, seconds / 2)
+    for cell in progress(CELLS, seconds - (time.perf_counter() - start)):
         times, failed = measure(cell, device)
         found, failures, done = found + times, failures + failed, done + 1
         if device.type == "cuda":
@@ -106,7 +112,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="of several GPUs")
-    parser.add_argument("--seconds", type=float, default=140.0, help="after which no further shape is begun (140)")
+    parser.add_argument("--seconds", type=float, default=140.0, help="after which no shape is begun (140)")
     parser.add_argument("--save", type=Path, metavar="CSV", help="keep the measurements, too")
     parser.add_argument("--load", type=Path, metavar="CSV", help="fit what --save kept; needs no GPU, writes nothing")
     parser.add_argument("--row", action="store_true", help="print a row for the table in fsa_compile/cost/device.py")
@@ -157,7 +163,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"nothing is kept: {worse}", file=sys.stderr)
         return 1
     if not options.load:
-        file = calibration.save(replace(after, name=name), about)
+        try:
+            file = calibration.save(replace(after, name=name), about)
+        except (OSError, RuntimeError) as error:  # not writable; no home directory
+            print(f"cannot be kept: {error}; FSA_COMPILE_CACHE_DIR can name another directory", file=sys.stderr)
+            return 1
         print(f'\nkept in {file}: loop_order="auto" reads it from now on; remove it to go back')
     return 0
 

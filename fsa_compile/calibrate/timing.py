@@ -16,7 +16,7 @@ from ..api import selected_attention
 from ..testing.inputs import causal_block_indices
 from .grid import Cell, Measurement
 
-__all__ = ["agreement", "measure"]
+__all__ = ["agreement", "measure", "variants"]
 
 _HEAD_START = 4_000_000  # cycles that the GPU waits before a run, some two milliseconds
 _ROUNDS = (3, 25)  # at least, and at most if there is time
@@ -51,8 +51,12 @@ def agreement(block_indices: Tensor, problem: cost.Problem) -> float:
     return cost.agreement_of(problem, float((first & (tiles >= 0)).sum(-1).double().mean()))
 
 
-def _runs(problem: cost.Problem, block_indices: Tensor, device: torch.device) -> dict[tuple[str, str], _Run]:
-    """By order and stage. Values are drawn: a GPU is faster on zeros."""
+def variants(problem: cost.Problem, device: torch.device) -> tuple[cost.Problem, dict[tuple[str, str], _Run]]:
+    """The problem with its agreement, and by order and stage what is timed. All values are drawn, also of blocks: a GPU
+    is faster on zeros.
+    """
+    sizes = (problem.seq_len, problem.num_kv_heads, problem.num_selected, problem.block_size)
+    block_indices = causal_block_indices(*sizes, device=device)
     generator = torch.Generator(device).manual_seed(0)
     heads, dtype = problem.num_kv_heads, torch.bfloat16 if problem.itemsize == 2 else torch.float32
 
@@ -88,7 +92,7 @@ def _runs(problem: cost.Problem, block_indices: Tensor, device: torch.device) ->
             add(order)
     blocks = {"seq_len_k": problem.seq_len_k, "block_size": problem.block_size}
     runs["", "lists"] = lambda: torch.ops.fsa._block_lists(block_indices, None, None, None, None, **blocks)
-    return runs
+    return replace(problem, agreement=agreement(block_indices, problem)), runs
 
 
 def measure(cell: Cell, device: torch.device, seconds: float = 0.7) -> tuple[list[Measurement], list[str]]:
@@ -99,11 +103,12 @@ def measure(cell: Cell, device: torch.device, seconds: float = 0.7) -> tuple[lis
         device: where to run; times on a CPU are of its one path, whatever the order.
         seconds: for measuring, once everything is compiled; three rounds are made in any case.
     """
-    p = cell.problem
-    block_indices = causal_block_indices(p.seq_len, p.num_kv_heads, p.num_selected, p.block_size, device=device)
-    problem = replace(p, agreement=agreement(block_indices, p))
-    runs = _runs(p, block_indices, device)
-    failed = []
+    p, failed = cell.problem, []
+    shape = f"T={p.seq_len} G={p.gqa_group_size} block_size={p.block_size}"
+    try:
+        problem, runs = variants(p, device)
+    except torch.OutOfMemoryError:
+        return [], [f"{shape}: its inputs do not fit into memory"]
     for key, run in list(runs.items()):
         try:
             for _ in range(2):  # the first compiles
@@ -112,8 +117,8 @@ def measure(cell: Cell, device: torch.device, seconds: float = 0.7) -> tuple[lis
                 torch.cuda.synchronize(device)
         except Exception as error:  # out of memory, or a tile that does not fit the chip
             del runs[key]
-            what = f"{' '.join(filter(None, key))}, T={p.seq_len} G={p.gqa_group_size} block_size={p.block_size}"
-            failed.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")
+            why = f"{type(error).__name__}: {str(error)[:120]}".splitlines()[0]
+            failed.append(f"{' '.join(filter(None, key))}, {shape}: {why}")
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     start, (least, most) = time.perf_counter(), _ROUNDS
     for i in range(most if runs else 0):
