@@ -13,6 +13,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # What an earlier run of the tests compiled must not decide this one: a graph from a cache never meets the pass.
     # Workers and the processes that tests start inherit it.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fsa_compile_tests_")
+    # Nor must what was calibrated on this machine.
+    os.environ["FSA_COMPILE_CACHE_DIR"] = os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "no_calibration")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 # Several processes, each with as many threads as there are cores, would wait for each other.

@@ -58,12 +58,14 @@ def test_the_footprint_of_partials_has_no_penalty() -> None:
 def test_small_groups_take_fsa_and_large_ones_nsa(options: dict[str, bool]) -> None:
     orders = [choose(at(gqa_group_size=g), H200, **options).order for g in (1, 2, 4, 8, 16, 32, 64)]
     flips = [i for i in range(1, 7) if orders[i] != orders[i - 1]]
-    assert (orders[0], orders[3], orders[5], len(flips)) == ("fsa", "fsa", "nsa", 1)
+    assert (orders[0], orders[3], len(flips) <= 1) == ("fsa", "fsa", True)
+    if "backward" not in options:  # where at G = 32 they were measured within 3 % of each other
+        assert orders[5] == orders[6] == "nsa"
 
 
 def test_groups_just_above_the_query_tile_pay_for_its_padding() -> None:
-    # 17 heads are padded to 32 in the query-outer kernels.
-    assert [choose(at(gqa_group_size=g), H200).order for g in (16, 17, 32)] == ["nsa", "fsa", "nsa"]
+    # 33 heads are padded to 64 in the query-outer kernels.
+    assert [choose(at(gqa_group_size=g), H200).order for g in (32, 33, 64)] == ["nsa", "fsa", "nsa"]
 
 
 def test_cpu_constants_reproduce_the_aten_probe_within_30_percent() -> None:
@@ -144,6 +146,19 @@ def test_an_order_that_would_not_fit_in_memory_is_not_chosen() -> None:
     assert scratch_bytes(problem, "fsa") > (1 << 20) * 4 * 16 * 4 * 128 * 2
     assert scratch_bytes(problem, "nsa") == 0
     assert scratch_bytes(problem, "nsa", training=True) > 0
+
+
+def test_agreement_makes_the_union_smaller_and_nothing_else() -> None:
+    some, all_of_it = (replace(BENCH, agreement=share) for share in (0.7, 1.0))
+    costs = [choose(p, H200, "tile").costs for p in (BENCH, some, all_of_it)]
+    assert costs[0]["tile"] > 1.5 * costs[1]["tile"] > 1.5 * costs[2]["tile"]
+    assert all(c["fsa"] == costs[0]["fsa"] and c["nsa"] == costs[0]["nsa"] for c in costs)
+    assert cost.agreement_of(BENCH, BENCH.num_selected) == 1
+    assert cost.agreement_of(BENCH, 1e6) == 0
+    # A trained model's tiles of 16 tokens select 47 blocks, where independent ones would about 200.
+    assert 0.7 < cost.agreement_of(BENCH, 47) < 0.9
+    with pytest.raises(ValueError, match=r"Problem\.agreement is 1\.5; it should be from 0 to 1"):
+        replace(BENCH, agreement=1.5)
 
 
 def test_training_counts_the_lists_once() -> None:
@@ -268,6 +283,36 @@ def test_every_device_has_positive_constants_and_makes_a_choice(name: str) -> No
     for group in (1, 4, 16):
         choose(at(gqa_group_size=group, seq_len=16384), device)
     assert choose(at(gqa_group_size=1, seq_len=16384), device).order == "fsa"
+
+
+L4 = cost.Properties("sm_89", num_sms=58, memory=24 << 30, memory_clock=6.25e9, memory_bus=192, l2_bytes=48 << 20)
+
+
+def test_a_gpu_without_a_row_is_derived_from_its_properties() -> None:
+    device = device_for("NVIDIA L4", "cuda", L4)
+    generic = DEVICES["cuda"]
+    assert (device.name, device.source, device.num_sms) == ("NVIDIA L4", "derived from its properties", 58)
+    assert device.memory == 24 << 30
+    assert device.flops == pytest.approx(generic.flops * 58 / generic.num_sms)
+    assert device.dram_bandwidth == pytest.approx(300e9, rel=0.3)  # the data sheet's
+    assert device.l2_bandwidth == pytest.approx(generic.l2_bandwidth * 58 / generic.num_sms)
+    # Half of a small cache is not enough for a head's keys and values: memory is what they come from.
+    small = device_for("NVIDIA L4", "cuda", L4._replace(l2_bytes=4 << 20))
+    assert device.dram_bandwidth < small.l2_bandwidth < 0.5 * device.l2_bandwidth
+    # A driver that says nothing of the memory: as much for each multiprocessor as the relative has.
+    silent = device_for("NVIDIA L4", "cuda", cost.Properties("sm_89", 58, 24 << 30))
+    assert silent.dram_bandwidth == pytest.approx(generic.dram_bandwidth * 58 / generic.num_sms)
+    assert "on NVIDIA L4 (constants derived from its properties)" in choose(BENCH, device).reason
+
+
+def test_another_cut_of_a_known_chip_is_derived_from_its_row() -> None:
+    sxm, pcie = (cost.Properties("sm_90", num_sms, 80 << 30) for num_sms in (132, 114))
+    row = DEVICES["H100"]
+    assert device_for("NVIDIA H100 80GB HBM3", "cuda", sxm) is row
+    cut = device_for("NVIDIA H100 PCIe", "cuda", pcie)
+    assert (cut.num_sms, cut.flops, cut.efficiency) == (114, row.flops * 114 / 132, row.efficiency)
+    nameless = device_for("NVIDIA H20", "cuda", cost.Properties("sm_90", 78, 96 << 30))
+    assert nameless.efficiency == row.efficiency
 
 
 def test_expressions_are_symbolic_and_print() -> None:

@@ -65,7 +65,7 @@ def measured(case: tuple[str, int, int, int]) -> list[tuple[Choice, dict[str, fl
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_order_chosen_is_the_fastest_measured_or_close_to_it(case: tuple[str, int, int, int]) -> None:
-    allowed = 1.10 if case[2] >= 4096 else 1.25
+    allowed = 1.05 if case[2] >= 4096 else 1.25
     for choice, ms in measured(case):
         assert ms[choice.order] <= allowed * min(ms.values()), (choice, ms)
 
@@ -99,9 +99,9 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_predicts_every_pass_within_35_percent(kernel: tuple[str, str, str]) -> None:
+def test_predicts_every_pass_within_40_percent(kernel: tuple[str, str, str]) -> None:
     direction, order, name = kernel
     for group, ms in zip((1, 4, 16), KERNELS[kernel], strict=True):
         passes = breakdown(sizes(group), H200, order)
         (predicted,) = (p.seconds * 1e3 for p in passes if (p.direction, p.name) == (direction, name))
-        assert predicted == pytest.approx(ms, rel=0.35)
+        assert predicted == pytest.approx(ms, rel=0.40)

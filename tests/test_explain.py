@@ -102,7 +102,7 @@ def test_backward_is_counted_only_where_one_will_follow(x: Tensor) -> None:
 
 def test_cuda_site_is_matched_with_the_lowerings_choice(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice_module, "device_of", lambda tensor: cost.DEVICES["H200"])
-    for group, order in ((1, "fsa"), (16, "nsa")):
+    for group, order in ((1, "fsa"), (32, "nsa")):
         arguments = cuda_arguments(group)
         (site,) = explain(selected, *arguments).sites
         problem = cost.Problem(1, 65536, 65536, 4, group, 128, 128, 64, 16, 2)

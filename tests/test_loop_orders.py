@@ -59,7 +59,7 @@ def test_the_choice_is_among_all(half: float) -> None:
         assert choice.order == min(choice.costs, key=choice.costs.__getitem__)
         others = [seconds for order, seconds in choice.costs.items() if order != choice.order]
         assert choice.speedup == min(others) / choice.costs[choice.order]
-    large = cost.choose(replace(PROBLEM, gqa_group_size=16), H200)
+    large = cost.choose(replace(PROBLEM, gqa_group_size=32), H200)
     assert large.order == ("third" if half < 1 else "nsa")
     assert ("query-outer once more" in large.reason) == (half < 1)
     assert cost.breakdown(PROBLEM, H200, "third")[0].name == "query-outer"

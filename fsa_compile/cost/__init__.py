@@ -12,8 +12,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .choice import Choice, PassTime, best_other, breakdown, choose, format_seconds, scratch_bytes
-from .device import DEVICES, Device, device_for
+from .calibration import calibrations
+from .choice import (
+    Choice,
+    PassTime,
+    agreement_of,
+    best_other,
+    breakdown,
+    choose,
+    format_seconds,
+    scratch_bytes,
+    seconds,
+)
+from .device import DEVICES, EFFICIENCY, Device, Properties, uncalibrated
 from .problem import LOOP_ORDERS, Problem
 
 if TYPE_CHECKING:
@@ -24,11 +35,14 @@ __all__ = [
     "Choice",
     "DEVICES",
     "Device",
+    "EFFICIENCY",
     "LOOP_ORDERS",
     "ORDERS",
     "Order",
     "PassTime",
     "Problem",
+    "Properties",
+    "agreement_of",
     "best_other",
     "breakdown",
     "choose",
@@ -36,7 +50,25 @@ __all__ = [
     "device_for",
     "format_seconds",
     "scratch_bytes",
+    "seconds",
+    "uncalibrated",
 ]
+
+
+def device_for(name: str, type: str = "cuda", properties: Properties | None = None) -> Device:
+    """The constants of a device as torch names it.
+
+    Args:
+        name: ``torch.cuda.get_device_name(...)``, such as ``"NVIDIA H200"``; ignored for ``type="cpu"``.
+        type: ``tensor.device.type``. Every type but ``"cpu"`` is taken for a GPU.
+        properties: what the driver says of it.
+
+    Calibrated on this machine, else the row of ``DEVICES``, else derived from the properties, else the generic row.
+    """
+    if type == "cpu":
+        return DEVICES["cpu"]
+    return calibrations().get(name) or uncalibrated(name, properties)
+
 
 _NEEDS_SYMPY = {"ORDERS": "orders", "Order": "orders", "describe": "text"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -50,12 +50,13 @@ _Values = Callable[..., Any]
 def _arguments(problem: Problem, device: Device) -> tuple[float, ...]:
     p = problem
     sizes = (p.batch, p.seq_len, p.seq_len_k, p.num_kv_heads, p.gqa_group_size, p.head_dim, p.head_dim_v)
+    rows = (p.block_size, p.num_selected, p.itemsize, p.agreement)
     tiles = (p.query_rows, KV_OUTER_ROWS, ENTRIES_PER_TILE, p.union_tokens, p.chunks)
     flops = device.flops if p.itemsize <= 2 else device.flops_fp32
     rates = (device.dram_bandwidth, device.l2_bandwidth, device.sort_rate)
     # In floats: the products of large sizes stay finite where they would be slow as big integers.
-    values = (*sizes, p.block_size, p.num_selected, p.itemsize, *tiles, flops, *rates)
-    return tuple(map(float, (*values, device.launch_overhead, device.num_sms)))
+    values = (*sizes, *rows, *tiles, flops, *rates)
+    return tuple(map(float, (*values, device.launch_overhead, device.num_sms, *device.efficiency)))
 
 
 def _compile(expressions: Any) -> _Values:
@@ -91,6 +92,21 @@ def _evaluated(problem: Problem, device: Device, stage: str) -> tuple[dict[str, 
     return {o: float(seconds) for o, (seconds, _) in rows.items()}, {o: float(b) for o, (_, b) in rows.items()}
 
 
+def seconds(problem: Problem, device: Device) -> dict[tuple[str, str], float]:
+    """Predicted seconds by loop order and stage: "forward", "backward" or "training".
+
+    As ``choose`` has them, and not remembered: for those who ask for many devices.
+    """
+    from .orders import STAGES
+
+    values = _totals()(*_arguments(problem, device))
+    return {
+        (order, stage): float(by_stage[i][0])
+        for order, by_stage in zip(LOOP_ORDERS, values, strict=True)
+        for i, stage in enumerate(STAGES)
+    }
+
+
 @cache
 def _terms(order: str) -> tuple[list[tuple[str, str]], _Values]:
     from .orders import ORDERS
@@ -120,6 +136,24 @@ def breakdown(problem: Problem, device: Device, order: str) -> list[PassTime]:
         bound = max(parts, key=parts.__getitem__)
         result.append(PassTime(direction, name, max(arithmetic, l2, dram) + sort + launch, bound))
     return result
+
+
+@cache
+def _union() -> _Values:
+    from .expressions import U
+
+    return _compile([U])
+
+
+def agreement_of(problem: Problem, union_blocks: float) -> float:
+    """``Problem.agreement`` of a selection whose query tiles have unions of so many blocks on average.
+
+    A tile has ``problem.union_tokens`` tokens.
+    """
+    any_device = DEVICES["cuda"]
+    (most,) = _union()(*_arguments(replace(problem, agreement=0.0), any_device))
+    least = problem.num_selected
+    return min(1.0, max(0.0, (most - union_blocks) / (most - least))) if most > least else 0.0
 
 
 def scratch_bytes(problem: Problem, order: str, *, training: bool = False) -> float:
@@ -173,7 +207,8 @@ def choose(
         return (
             f"{order} ({LOOP_ORDERS[order]}) {scope} is predicted at {format_seconds(mine)}, {ratio} than "
             f"{other} ({LOOP_ORDERS[other]}) at {format_seconds(others)}, "
-            f"for gqa_group_size {problem.gqa_group_size} and seq_len {problem.seq_len} on {device.name}"
+            f"for gqa_group_size {problem.gqa_group_size} and seq_len {problem.seq_len} on {device.name} "
+            f"(constants {device.source})"
         )
 
     only = device.only_order

@@ -6,11 +6,13 @@ overhead``. docs/cost-model.md derives each term and compares the result with me
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
-from sympy import Expr, Integer, Max, Min, Rational, Symbol, ceiling, exp
+from sympy import Expr, Integer, Max, Min, Symbol, ceiling, exp
 
 from ..tiling import ENTRIES_PER_TILE
+from .device import EFFICIENCY
 from .problem import KV_OUTER_ROWS
 
 
@@ -19,10 +21,14 @@ def _sym(name: str) -> Symbol:
 
 
 B, T, Tk, HK, G, D, DV, bs, S, w = map(_sym, ("B", "T", "Tk", "HK", "G", "D", "DV", "bs", "S", "w"))
+a = Symbol("a", nonnegative=True)
 M_q, M_kv, N_w, N_t, C = map(_sym, ("M_q", "M_kv", "N_w", "N_t", "C"))
 FLOPS, BW_dram, BW_L2 = map(_sym, ("FLOPS", "BW_dram", "BW_L2"))
 R_sort, t_launch, SMs = map(_sym, ("R_sort", "t_launch", "SMs"))
 E, W, P, U = map(_sym, ("E", "W", "P", "U"))
+
+# By pass: its share of FLOPS, a constant of the device (`Device.efficiency`).
+SHARES: dict[str, Symbol] = {name: _sym("eta_" + "".join(re.findall(r"\b\w", name))) for name in EFFICIENCY}
 
 _half = Max(S, Tk / (2 * bs))  # blocks that a query can select, on average
 # Names that make the expressions readable; substituted before evaluation.
@@ -30,7 +36,7 @@ DERIVED: dict[Symbol, Expr] = {
     E: B * T * HK * Min(S, ceiling(Tk / bs)),
     W: E / N_w + Min(E, B * HK * ceiling(Tk / bs)),
     P: E * G * C,
-    U: _half * (1 - exp(-N_t * S / _half)),
+    U: (1 - a) * _half * (1 - exp(-N_t * S / _half)) + a * S,
 }
 
 MEANING: dict[Symbol, str] = {
@@ -44,6 +50,7 @@ MEANING: dict[Symbol, str] = {
     bs: "block_size, tokens of a selected block",
     S: "num_selected, blocks that a query selects",
     w: "bytes of an element of q, k, v",
+    a: "agreement: 0 where neighbours select independently of each other, 1 where a tile's select the same",
     M_q: "rows of the query-outer tile: G rounded up to a power of two, at least 16",
     M_kv: f"rows of the KV-outer tile ({KV_OUTER_ROWS}), each a query head of an entry",
     N_w: f"entries that one work item of a KV-outer pass serves ({ENTRIES_PER_TILE})",
@@ -52,31 +59,19 @@ MEANING: dict[Symbol, str] = {
     E: "entries: (token, KV head, selected block) triples",
     W: "work items of a KV-outer pass; every list's last one is partly filled",
     P: "rows of partials: one for each entry, query head and chunk",
-    U: "blocks of a query tile's union, where neighbours select independently of each other",
+    U: "blocks of a query tile's union",
     FLOPS: "matmul rate at the inputs' dtype, 1/s (a multiply-add is two)",
     BW_dram: "DRAM bandwidth that a streaming kernel reaches, B/s",
     BW_L2: "L2 bandwidth that a gathering kernel reaches, B/s",
     R_sort: "entries that the lists take per second, launches apart; most of it is a stable sort",
     t_launch: "overhead of a launch, s",
     SMs: "multiprocessors; while the last program of a pass runs, the others idle",
+    **{share: f"share of FLOPS that [{name}] reaches" for name, share in SHARES.items()},
 }
 
-SIZES = (B, T, Tk, HK, G, D, DV, bs, S, w)
+SIZES = (B, T, Tk, HK, G, D, DV, bs, S, w, a)
 TILES = (M_q, M_kv, N_w, N_t, C)
-CONSTANTS = (FLOPS, BW_dram, BW_L2, R_sort, t_launch, SMs)
-
-
-# Share of the device's dense matmul rate that each kernel of this package reached, one H200. What holds a kernel back
-# is its own (the softmax between two matmuls, 2 to 4 warps on 16 to 64 rows), so it is the kernel's, not the device's.
-EFFICIENCY: dict[str, Rational] = {
-    "query-outer": Rational(17, 100),
-    "query-outer dq": Rational(24, 100),
-    "KV-outer partials": Rational(30, 100),
-    "KV-outer dk dv": Rational(37, 100),
-    "KV-outer dq dk dv": Rational(265, 1000),
-    "query-tile": Rational(40, 100),
-    "query-tile dq": Rational(40, 100),
-}
+CONSTANTS = (FLOPS, BW_dram, BW_L2, R_sort, t_launch, SMs, *SHARES.values())
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class Pass:
         # The last item starts when the others end, at worst, and has one multiprocessor's share of the device.
         stretch = Integer(1) if self.items is None else 1 + SMs / self.items
         return {
-            "arithmetic": self.flops * stretch / (FLOPS * EFFICIENCY.get(self.name, Integer(1))),
+            "arithmetic": self.flops * stretch / (FLOPS * SHARES.get(self.name, Integer(1))),
             "L2": self.l2_bytes * stretch / BW_L2,
             "DRAM": self.dram_bytes * stretch / BW_dram,
             "sort": self.sorted_keys / R_sort,

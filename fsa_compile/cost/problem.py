@@ -20,7 +20,7 @@ MIN_QUERY_ROWS = 16
 class Problem:
     """Sizes of one selected-attention call; SPEC's notation in the comments.
 
-    Packed sequences: ``batch=1`` and the lengths are totals. Raises ValueError naming the field when one is < 1.
+    Packed sequences: ``batch=1`` and the lengths are totals. Raises ValueError naming the field when a size is < 1.
     """
 
     batch: int  # B
@@ -33,11 +33,15 @@ class Problem:
     block_size: int
     num_selected: int  # S
     itemsize: int  # bytes of an element of q, k, v
+    # From 0, where tokens select independently of each other, to 1, where all of a query tile select the same blocks.
+    agreement: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if name != "agreement" and value < 1:
                 raise ValueError(f"Problem.{name} is {value}; it should be at least 1")
+        if not 0 <= self.agreement <= 1:
+            raise ValueError(f"Problem.agreement is {self.agreement}; it should be from 0 to 1")
 
     @property
     def query_rows(self) -> int:

@@ -1,7 +1,8 @@
 """Where the pass sits in Inductor, what makes its cache entries valid, and how it shares the slot with others.
 
 A pass without a ``uuid()`` silently switches off the FX-graph and AOTAutograd caches, and lowerings and templates are
-in no cache key at all; so the pass's uuid answers for every source file of the package.
+in no cache key at all; so the pass's uuid answers for every source file of the package, and for the constants that
+were calibrated on this machine, as loop orders are chosen by them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import debug
+from ..cost.calibration import digest
 from . import _inductor
 from .expand import expand_graph, semantic_operators
 from .recognise import recognise_graph
@@ -59,7 +61,8 @@ class FsaPass(_inductor.CustomGraphPass):
         # It answers for the pre-grad pass too, whose own uuid is in no cache key on torch 2.11.
         if not is_switched_on():
             return "fsa_compile off"
-        return f"fsa_compile {source_hash()} validating={debug.is_validating()} recognising={is_recognising()}"
+        options = f"validating={debug.is_validating()} recognising={is_recognising()}"
+        return f"fsa_compile {source_hash()} {options} calibrated={digest()}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FsaPass:
         return self  # Inductor copies configuration values; identity is how we find ourselves again

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import cost
 
-__all__ = ["UNKNOWN_LENGTH", "device_of", "problem_of", "size_hint"]
+__all__ = ["UNKNOWN_LENGTH", "device_of", "gpu_of", "problem_of", "size_hint"]
 
 # Assumed for a size without a hint (an unbacked symbol): long enough for either order to be worth its launches.
 UNKNOWN_LENGTH = 8192
@@ -55,13 +55,27 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | Any, blo
 
 
 @functools.cache
-def _device(type: str, index: int | None) -> cost.Device:
-    return cost.device_for(torch.cuda.get_device_name(index) if type == "cuda" else "", type)
+def gpu_of(index: int | None) -> tuple[str, cost.Properties]:
+    """A GPU's name, and what the cost model makes use of in its properties."""
+    found = torch.cuda.get_device_properties(index)
+    hip = str(getattr(found, "gcnArchName", "")).split(":")[0] if torch.version.hip else ""
+    return torch.cuda.get_device_name(index), cost.Properties(
+        arch=hip or f"sm_{found.major}{found.minor}",
+        num_sms=found.multi_processor_count,
+        memory=found.total_memory,
+        # Not every version of torch has these. kHz.
+        memory_clock=1e3 * getattr(found, "memory_clock_rate", 0),
+        memory_bus=getattr(found, "memory_bus_width", 0),
+        l2_bytes=getattr(found, "L2_cache_size", 0),
+    )
 
 
 def device_of(tensor: Tensor) -> cost.Device:
-    """The device's row of the cost model; the generic GPU's where its name cannot be asked for."""
-    try:
-        return _device(tensor.device.type, tensor.device.index)
-    except (AssertionError, RuntimeError):  # fake tensors of a GPU that is not here; not to be remembered
+    """The device's constants in the cost model; the generic GPU's where its name cannot be asked for."""
+    if tensor.device.type != "cuda":
         return cost.device_for("", tensor.device.type)
+    try:
+        name, properties = gpu_of(tensor.device.index)
+    except (AssertionError, RuntimeError):  # fake tensors of a GPU that is not here; not to be remembered
+        return cost.device_for("")
+    return cost.device_for(name, "cuda", properties)
