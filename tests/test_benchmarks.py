@@ -83,6 +83,21 @@ def test_selected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert {row["chosen"] for row in rows} == {"fsa"}
 
 
+def test_ratio_to_the_best_peer() -> None:
+    """Neither dense attention nor the orders of this package are peers."""
+    cell = {"pattern": "random", "seq_len": 64, "block_size": 64, "num_selected": 16, "group": 1, "what": "selected"}
+    times = {"auto": 2.0, "fsa": 1.5, "dense-flash": 1.0, "official-fsa": 5.0, "xunhao-lai": 8.0}
+    rows = [
+        {**cell, "pass": "forward", "provider": provider, "p50_ms": f"{ms:.4f}", "chosen": "nsa"}
+        for provider, ms in times.items()
+    ]
+    rows.append({**rows[0], "pass": "backward"})
+    title, forward, backward = selected.table(rows).splitlines()
+    assert title.split()[-1] == "peer/auto"
+    assert forward.split()[-1] == "2.50"
+    assert backward.split()[-1] == "-"
+
+
 def test_gates_after_the_selected_branch(tmp_path: Path) -> None:
     out = tmp_path / "selected.csv"
     small = [*_SMALL[:4], "--head-dim", "16", "--rounds", "2", "--num-kv-heads", "2", "--groups", "2"]
@@ -310,6 +325,30 @@ def test_layers_that_fit() -> None:
         assert decoder.bytes_needed(llama, found[1], 65536, name) <= 72 * decoder.GIB
         assert found[1] == 32 or decoder.bytes_needed(llama, found[1] + 1, 65536, name) > 72 * decoder.GIB
     assert decoder.fitting_layers(llama, 8192, "prefill", 72 * decoder.GIB, 4) == 4
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_peer_runs_between_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Peer:
+        name, commit = "official-fsa", "abc"
+
+        def __init__(self, checkouts: Path, lengths: list[int], sizes: dict[str, int]) -> None:
+            assert lengths == [100]
+            self.sizes = sizes
+
+        def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gates: Any) -> torch.Tensor:
+            assert q.sum().isfinite().item()  # reads the device, which no graph can
+            return fsa_compile.nsa_attention(q, k, v, *gates, **self.sizes)
+
+    monkeypatch.setattr(attentions, "WHOLE", (Peer,))
+    out = tmp_path / "models.csv"
+    arguments = [*_CPU, "--lengths", "100", "--providers", "official-fsa", "auto", "--blocks", "32x4", "--no-warm"]
+    assert models.main([*arguments, "--passes", "train-checkpointed", "--out", str(out)]) == 0
+    free, peer, auto = rows_of(out)
+    assert (free["fullgraph"], peer["fullgraph"], auto["fullgraph"]) == ("True", "False", "True")
+    assert (peer["status"], peer["peer_commit"], auto["peer_commit"]) == ("ok", "abc", "")
+    assert float(peer["loss"]) == pytest.approx(float(auto["loss"]), rel=1e-5)
+    assert float(peer["error"]) < 1e-5
 
 
 def test_peers_that_are_not_there_are_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
