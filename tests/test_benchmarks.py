@@ -311,6 +311,29 @@ def test_decoder() -> None:
     assert torch.allclose(nsa(later)[:, :50], nsa(x)[:, :50], atol=1e-5)
 
 
+def test_a_checkpointed_model_keeps_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiled forward keeps for the backward: all that layers make, or little more than their inputs."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    kept = {}
+    for name in ("train", "train-checkpointed"):
+        cell = models.Cell(_TINY, 300, name, 2, torch.empty(0))
+        call = cell.compiled(attentions.Variant("auto", attentions.ours("auto", 32, 4)))
+        call()
+        others = {x.data_ptr() for x in (*cell.weights.parameters(), *cell.weights.buffers(), cell.x, cell.target)}
+        found: dict[int, int] = {}
+
+        def pack(x: torch.Tensor, others: set[int] = others, found: dict[int, int] = found) -> torch.Tensor:
+            if x.data_ptr() not in others:
+                found[x.data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            call()
+        kept[name] = sum(found.values()) / (300 * _TINY.hidden * 4)  # hidden states
+    assert kept["train-checkpointed"] < 5
+    assert kept["train"] > 20
+
+
 def test_layers_that_fit() -> None:
     counted = sum(p.numel() for name, p in decoder.Layer(_TINY, attentions.free).named_parameters()
                   if p.dim() == 2 and "gates" not in name)  # fmt: skip
