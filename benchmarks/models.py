@@ -13,7 +13,7 @@ they cannot be compiled; they have the window branch of this package. The same m
 pointwise kernel, takes turns too: `attention_share` is what that saves, so that the gates and all that attention moves
 around count, and the projections do not. `compile_cold_s` is the first call less the second, of forward and backward,
 with empty caches on disk and in memory; `compile_warm_s` is that of the same source compiled once more from the cache
-on disk, in the same process. `peak_gib` is all that is allocated.
+on disk, in the same process. `peak_gib` is all that is allocated. What ran out of memory has a row that says so.
 
 Before they are timed, the compiled attention alone (ours, of these heads and this length) is held against the eager one
 in the "nsa" order, gradients too: `error`. `output_error` holds the last hidden states against those of the first
@@ -49,6 +49,7 @@ PASSES = ("prefill", "train", "train-checkpointed")
 DEFAULT = ("dense-cudnn", "nsa", "auto")
 OUTPUT_TOLERANCE = 5e-2
 SAMPLED = 4096  # rows of hidden states, of which `output_error` is
+ALONE = "ok, not in turns"
 MOST_LAYERS = 4
 _USABLE = 0.92  # of the memory; the rest is fragments, and what CUDA itself and its libraries take
 
@@ -179,23 +180,24 @@ class Cell:
                 with attempt(run, self.clear):
                     action(run)
         steps = {run: lambda run=run: self.step(run) for run in runs if run.status == "ok"}
-        # Each has run alone, so that memory can only be short here in fragments; the others' times count all the same.
         limits = {"rounds": options.rounds, "warmup": 1, "seconds": options.seconds, "device": self.device}
-        together = Run(Variant("", free))
+        together = Run(Variant("all", free))
         with attempt(together, self.clear):
             for run, times in timings(steps, **limits).items():
                 run.times = times
-        if together.status != "ok":
-            for run in steps:
-                run.status = f"in turns: {together.status}"
+        if together.status != "ok":  # each has run before, but what one frees may not fit the next
+            for run, step in steps.items():
+                run.status = ALONE
+                with attempt(run, self.clear):
+                    run.times = timings({run: step}, **limits)[run]
         return runs
 
     def compare(self, runs: list[Run]) -> Callable[[Run], None]:
         """Hold the outputs of ours against those of the first with the same blocks."""
 
         def against_the_first(run: Run) -> None:
-            others = (r for r in runs if r.variant.blocks == run.variant.blocks and r.output is not None)
-            first = next(others, run)
+            alike = (r for r in runs if r.variant.ours and r.variant.blocks == run.variant.blocks)
+            first = next((r for r in alike if r.output is not None), run)
             if run.output is None or first.output is None or first is run:
                 return
             run.output_error = exact.relative_error(run.output, first.output)
@@ -205,7 +207,7 @@ class Cell:
         return against_the_first
 
 
-def columns(run: Run, shape: Shape, seq_len: int, name: str, num_layers: int, base: Run) -> dict[str, Any]:
+def columns(run: Run, shape: Shape, seq_len: int, name: str, num_layers: int, dtype: str, base: Run) -> dict[str, Any]:
     """A row of the CSV."""
 
     def shown(value: float | None, digits: int) -> str:
@@ -219,7 +221,7 @@ def columns(run: Run, shape: Shape, seq_len: int, name: str, num_layers: int, ba
         "model": shape.name, "pass": name, "provider": variant.provider, "block_size": block_size,
         "num_selected": num_selected, "seq_len": seq_len, "layers": num_layers, "model_layers": shape.num_layers,
         "num_q_heads": shape.num_q_heads, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim,
-        **milliseconds, "tokens_per_s": shown(seq_len / times.p50 * 1e3 if times else None, 0),
+        "dtype": dtype, **milliseconds, "tokens_per_s": shown(seq_len / times.p50 * 1e3 if times else None, 0),
         "attention_share": shown(share, 3), "peak_gib": shown(run.peak, 2), "compile_cold_s": shown(run.cold, 2),
         "compile_warm_s": shown(run.warm, 2), "loss": shown(run.loss, 4),
         "error": "" if variant.error is None else f"{variant.error:.2e}",
@@ -286,8 +288,8 @@ def measure_cell(
     runs = runs or [Run(variant, cell.status) for variant in found]  # not even the weights
     for run in runs:
         print(f"{shape.name} {seq_len} {name} {run.variant.label}: {run.status}", flush=True)
-    failed = any(run.variant.ours and run.status not in ("ok", "out of memory") for run in runs)
-    return [columns(run, shape, seq_len, name, layers, runs[0]) for run in runs], failed
+    failed = any(run.variant.ours and run.status not in ("ok", ALONE, "out of memory") for run in runs)
+    return [columns(run, shape, seq_len, name, layers, options.dtype, runs[0]) for run in runs], failed
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -277,6 +277,20 @@ def test_a_model_without_memory_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "out of memory" in models.table(rows_of(out))
 
 
+def test_what_does_not_fit_in_turns_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+
+    def timings(steps: dict[Any, Any], **limits: Any) -> dict[Any, common.Times]:
+        if len(steps) > 1:
+            raise torch.OutOfMemoryError("fragments")
+        return common.timings(steps, **limits)
+
+    monkeypatch.setattr(models, "timings", timings)
+    found = [attentions.Variant(name, attentions.free) for name in ("free", "other")]
+    runs = models.Cell(_TINY, 64, "train", 1, torch.empty(0)).measure(found, models.parser().parse_args(_CPU[2:]))
+    assert all(run.times is not None and run.status == models.ALONE for run in runs)
+
+
 @pytest.mark.usefixtures("tiny")
 def test_a_cell_leaves_no_weights_behind() -> None:
     options = models.parser().parse_args([*_CPU, "--providers", "auto"])
