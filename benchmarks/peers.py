@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fsa_compile
+
 
 def commit_of(checkout: Path) -> str:
     """The commit of a checkout, "unknown" if it does not say."""
@@ -95,7 +97,82 @@ class ScalableFlashNSA:
         return self.combine(o_cmp, o_slc, o_slc.detach(), logits)[None]
 
 
-PEERS = (ScalableFlashNSA,)
+class _Packed:
+    """What XunhaoLai's code and those that came of it have in common: packed `[T, H, D]`, blocks `[HK, T, S]`, -1 for
+    none, ascending, as ours are. Its window is flash-attn's; `attention` takes ours instead, for want of it.
+    """
+
+    name: str
+    folder: str
+    ops: str  # the module of compression and of compressed attention
+
+    def __init__(self, peers: Path, lengths: list[int], options: dict[str, int]) -> None:
+        checkout = peers / self.folder
+        if not checkout.exists():
+            raise FileNotFoundError(f"no {checkout}")
+        self.commit, self.options = commit_of(checkout), options
+        # imported at the top there, used in none of what is called here
+        _stand_in("einops", einsum=None, rearrange=None)
+        if str(checkout) not in sys.path:
+            sys.path.insert(0, str(checkout))
+        self.stages: Any = importlib.import_module(self.ops)
+        self.starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+        self.longest = max(lengths)
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, found: Tensor) -> Tensor:
+        return self.stages.topk_sparse_attention(q, k, v, found, self.options["block_size"], self.starts)
+
+    def selected(self, q: Tensor, k: Tensor, v: Tensor, found: Tensor) -> Tensor:
+        """Selected attention."""
+        return self._sparse(*(x[0].contiguous() for x in (q, k, v)), found)[None]
+
+    def found(self, block_indices: Tensor, num_blocks: int) -> Tensor:
+        """`block_indices` as `selected` wants them."""
+        return block_indices[0].transpose(0, 1).contiguous()
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """All three branches, their means, their selection, their gates."""
+        options = self.options
+        windows = options["kernel_size"], options["kernel_stride"]
+        o_swa, _ = fsa_compile.sliding_window_attention(q, k, v, window_size=options["window_size"])
+        q, k, v = (x[0].contiguous() for x in (q, k, v))
+        k_cmp, starts = self.stages.avgpool_compress(k, None, self.starts, *windows)
+        v_cmp, _ = self.stages.avgpool_compress(v, None, self.starts, *windows)
+        o_cmp, found = self.stages.compressed_attention(
+            q, k_cmp, v_cmp, *windows, options["block_size"], options["num_selected"], self.starts, starts,
+            self.longest, k_cmp.shape[0], None, options["init_blocks"], options["local_blocks"],
+            parallel_topk_compute=False,
+        )  # fmt: skip
+        o_slc = self._sparse(q, k, v, found)
+        g_cmp, g_slc, g_swa = (gate.unsqueeze(-1) for gate in gates)
+        return g_cmp * o_cmp[None] + g_slc * o_slc[None] + g_swa * o_swa
+
+
+class XunhaoLai(_Packed):
+    """github.com/XunhaoLai/native-sparse-attention-triton, in `xunhao_lai`."""
+
+    name = "xunhao-lai"
+    folder = "xunhao_lai"
+    ops = "native_sparse_attention.ops"
+
+
+class OfficialFSA(_Packed):
+    """github.com/Relaxed-System-Lab/Flash-Sparse-Attention, in `official_fsa`. Triton 3.6 needs the checkout mended:
+    in `fsa/ops/FSA_topk_sparse_attention.py` a stray comma makes `lse_ptrs = (...,)` a tuple.
+    """
+
+    name = "official-fsa"
+    folder = "official_fsa"
+    ops = "nsa_ref.ops"
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, found: Tensor) -> Tensor:
+        kernel = importlib.import_module("fsa.ops").FSA_topk_sparse_attention
+        return kernel(q, k, v, found, self.options["block_size"], self.starts)
+
+
+PEERS: tuple[Any, ...] = (ScalableFlashNSA, OfficialFSA, XunhaoLai)
+STAGED = tuple(peer for peer in PEERS if hasattr(peer, "select"))  # every stage by itself
+WHOLE = tuple(peer for peer in PEERS if hasattr(peer, "attention"))  # with the window, gates given
 
 
 def _stand_in(name: str, **members: Any) -> None:

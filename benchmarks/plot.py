@@ -1,15 +1,17 @@
-"""Plots from the CSVs of `benchmarks.whole`, and from nothing else: time and peak memory over the length.
+"""Plots from the CSVs of `benchmarks.whole` and `benchmarks.models`, and from nothing else.
 
     python -m benchmarks.plot benchmarks/results/whole_h100.csv --out benchmarks/results
 
-One picture a kind: `<name>_whole.png` (forward, training step), `<name>_stages.png`, `<name>_memory.png`. Points are
-medians, bars reach from the 20th to the 80th percentile.
+One picture a kind, over the length. Of `whole`: `<name>_whole.png` (forward, training step), `<name>_stages.png`,
+`<name>_memory.png`; points are medians, bars reach from the 20th to the 80th percentile. Of `models`:
+`<name>_tokens.png`, tokens a second by model and pass, times the layers, of which fewer fit at great lengths.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,32 @@ def plot(rows: list[Row], name: str, out: Path) -> list[Path]:
     return written
 
 
+def plot_models(rows: list[Row], name: str, out: Path) -> list[Path]:
+    """Tokens a second times the layers, so that lengths at which fewer layers fit can be compared."""
+    rows = [row for row in rows if row["p50_ms"]]
+    models, passes = (list(dict.fromkeys(row[column] for row in rows)) for column in ("model", "pass"))
+    if not rows:
+        return []
+    size = (5 * len(passes), 3.6 * len(models))
+    figure, axes = plt.subplots(len(models), len(passes), figsize=size, squeeze=False)
+    for axis, (model, name_of_pass) in zip(axes.flat, itertools.product(models, passes), strict=True):
+        series: dict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            if (row["model"], row["pass"]) == (model, name_of_pass):
+                blocks = f" {row['block_size']}x{row['num_selected']}" if row["block_size"] else ""
+                rate = float(row["tokens_per_s"]) * int(row["layers"])
+                series[row["provider"] + blocks].append({**row, "rate": str(rate)})
+        found = {label: sorted(points, key=lambda row: int(row["seq_len"])) for label, points in series.items()}
+        _draw(axis, found, "rate", f"{model}, {name_of_pass}", "tokens x layers / s")
+    first = rows[0]
+    figure.suptitle(f"{first['device']}, {first['date']}, {first['commit']}", fontsize=9)
+    figure.tight_layout()
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / f"{name}_tokens.png", dpi=150)
+    plt.close(figure)
+    return [out / f"{name}_tokens.png"]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,7 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder")
     options = parser.parse_args(arguments)
     for path in options.csv:
-        for picture in plot(read(path), path.stem, options.out):
+        rows = read(path)
+        draw = plot_models if "model" in rows[0] else plot
+        for picture in draw(rows, path.stem, options.out):
             print(picture)
     return 0
 

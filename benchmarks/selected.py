@@ -171,14 +171,17 @@ def _compiled(fn: Callable[..., Tensor], fuse: bool | None = None) -> Callable[.
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Medians by provider, a line for each cell and pass."""
+    """Medians by provider, a line for each cell and pass; last, how many times "auto" the best peer takes."""
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     names = ("pattern", "seq_len", "block_size", "num_selected", "group", "what", "pass")
     cells = {(tuple(row[n] for n in names), row["provider"]): row["p50_ms"] for row in rows}
     chosen = {tuple(row[n] for n in names): row["chosen"] for row in rows}
-    lines = [f"{'ms':<50} {'chosen':>6} " + " ".join(f"{p[:14]:>14}" for p in providers)]
+    lines = [f"{'ms':<50} {'chosen':>6} " + " ".join(f"{p[:14]:>14}" for p in (*providers, "peer/auto"))]
     for key in dict.fromkeys(key for key, _ in cells):
-        values = (cells.get((key, p), "-") for p in providers)
+        values = [cells.get((key, p), "-") for p in providers]
+        peers = [float(cells[key, peer.name]) for peer in PEERS if (key, peer.name) in cells]
+        ratio = min(peers) / float(cells[key, "auto"]) if peers and (key, "auto") in cells else None
+        values.append("-" if ratio is None else f"{ratio:.2f}")
         lines.append(f"{' '.join(map(str, key)):<50} {chosen[key]:>6} " + " ".join(f"{x:>14}" for x in values))
     return "\n".join(lines)
 

@@ -23,13 +23,13 @@ import fsa_compile
 from benchmarks import exact
 from benchmarks.cases import DENSE, Case, add_options, dense, exact_rows, measure, offered, sampled_rows
 from benchmarks.common import RESULTS, write_csv
-from benchmarks.peers import PEERS
+from benchmarks.peers import STAGED
 
 WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
 SELECTION = {"block_size": 64, "num_selected": 16, "init_blocks": 1, "local_blocks": 2}
 WINDOW = {"window_size": 512}
 STAGES = ("mean", "compressed", "select", "selected", "window", "whole")
-PROVIDERS = ("eager", "compiled", "dense-cudnn", "dense-flash", *(peer.name for peer in PEERS))
+PROVIDERS = ("eager", "compiled", "dense-cudnn", "dense-flash", *(peer.name for peer in STAGED))
 
 
 class Problem:
@@ -144,7 +144,7 @@ class Problem:
         sources += [
             lambda name=name: iter([dense(name, self.q, self.k, self.v)]) for name in DENSE if f"dense-{name}" in asked
         ]
-        sources += [lambda make=make: self.peer(make) for make in PEERS if make.name in asked and not self.graph]
+        sources += [lambda make=make: self.peer(make) for make in STAGED if make.name in asked and not self.graph]
         heads, kv_heads = self.options.heads
         for case in offered(sources, lambda case: case.what in stages and case.provider in asked):
             # dense attention may have been given repeated key heads
