@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "Config", "Device", "ENTRIES_PER_TILE", "configured", "next_power_of_2", "padded", "selected_block_n",
-    "selected_chunk_n", "tuned_file", "union_tokens",
+    "WORKSPACE", "selected_chunk_n", "tuned_file", "union_tokens",
 ]  # fmt: skip
 
 
@@ -45,6 +45,9 @@ def padded(width: int) -> int:
 # the sequence, so they are cut; the cost of a cut is one more load of the block and one more float32 tile in the
 # backward.
 ENTRIES_PER_TILE = 1024
+
+# Bytes of partials of the key/value-outer order beyond which a call is cut in parts that take turns.
+WORKSPACE = 2**31
 
 
 def selected_chunk_n(block_size: int, head_dim: int, head_dim_v: int, itemsize: int) -> int:

@@ -18,14 +18,14 @@ import torch
 import triton
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from layouts import PACKED, PADDED, agrees_with_reference, call_with, packed_layout, padded_layout, tensors
+from layouts import PACKED, PADDED, S, agrees_with_reference, call_with, packed_layout, padded_layout, tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsa_compile import cost
 from fsa_compile.ops import options
 from fsa_compile.ops.options import Layout
-from fsa_compile.ops.selected import orders
+from fsa_compile.ops.selected import chunks, orders
 from fsa_compile.templates.attention_delta import ATTENTION_DELTA
 from fsa_compile.templates.selected import KERNELS
 from fsa_compile.testing.budget import Budget, draws, relative_error
@@ -261,6 +261,32 @@ def test_padded(order: str, seq_len: int, seq_len_k: int, used: Any, left: Any) 
     layout = padded_layout(used, left, DEVICE)
     call = call_with("selected_attention", tensors(3, seq_len, seq_len_k, DEVICE), seq_len_k, **layout)
     agrees_with_reference(call, in_order(order))
+
+
+@kernels
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("heads_at_once", "cut"), [(4, (2, 1, 1)), (3, (2, 2, 1)), (1, (2, 2, 2))])
+def test_cut_in_parts(
+    monkeypatch: pytest.MonkeyPatch, packed: bool, heads_at_once: int, cut: tuple[int, int, int]
+) -> None:
+    """A workspace of so many query heads: batch rows, key/value heads and the group take turns; results stay."""
+    rows, seq_len, capacity = (1, 43, 61) if packed else (2, 21, 40)
+    bounds = ((0, 20, 43), (0, 31, 61)) if packed else ((40, 33), (3, 11))
+    layout = (packed_layout if packed else padded_layout)(*bounds, DEVICE)
+    x = tensors(rows, seq_len, capacity, DEVICE, packed=packed)
+    call = call_with("selected_attention", x, capacity, **layout)
+    upstream = upstream_of(call)
+    want, want_grads = run(in_order("fsa"), call, upstream)
+    head = seq_len * S.num_selected * S.head_dim * x.q.itemsize
+    monkeypatch.setattr(chunks, "WORKSPACE", heads_at_once * head)
+    parts = chunks.chunks(x.q, x.k, S.head_dim, S.num_selected)
+    batch, kv_heads, group = cut
+    assert [len(parts), len(parts[0]), len(parts[0][0])] == [1 if packed else batch, kv_heads, group]
+    have, have_grads = run(in_order("fsa"), call, upstream)
+    for a, b in zip((*have, *have_grads[:1]), (*want, *want_grads[:1]), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(have_grads[1:], want_grads[1:], strict=True):  # sums over the group, in another order if it is cut
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 if group > 1 else 0.0)
 
 
 @kernels

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sympy import Expr, Integer, Max, Min
 
+from ..tiling import WORKSPACE
 from .expressions import DV, HK, B, C, D, E, G, M_kv, M_q, N_t, N_w, P, Pass, S, T, Tk, U, W, bs, tensor_bytes
 
 # What a choice can be for: one direction by itself, or both, as a training step runs them.
@@ -153,8 +154,9 @@ ORDERS: dict[str, Order] = {
             ),
             _TILE_SUM,
         ),
-        forward_scratch=_SORTED + tensor_bytes(P, DV) + 4 * P,
-        backward_scratch=_SORTED + tensor_bytes(P, D) + _dkv_tiles,
+        # A longer call is cut in parts; one head's partials may still be more than that, from a million tokens up.
+        forward_scratch=_SORTED + Min(tensor_bytes(P, DV), WORKSPACE) + 4 * P,
+        backward_scratch=_SORTED + Min(tensor_bytes(P, D), WORKSPACE) + _dkv_tiles,
     ),
     "tile": Order(
         forward=(

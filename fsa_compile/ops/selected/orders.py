@@ -15,6 +15,7 @@ from ..options import Layout, Selected
 from ..rules import Rule, Runs, kernel_runs, register
 from . import block_lists as _block_lists  # noqa: F401  registers the operator
 from .choice import choose
+from .chunks import Chunk, chunks, joined
 
 _ops = torch.ops.fsa
 
@@ -44,9 +45,18 @@ def _query_outer_forward(
 def _kv_outer_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lists = _ops._block_lists(block_indices, *runs, seq_len_k=k.shape[1], block_size=sizes["block_size"])
-    partials = _ops._selected_fwd_kv_outer(q, k, v, block_indices, *lists, *runs, **sizes)
-    return _ops._merge_partials(*partials, block_indices, *runs, seq_len_k=k.shape[1], **sizes)
+    def part(chunk: Chunk) -> tuple[Tensor, ...]:
+        blocks = chunk.of_kv_heads(block_indices).contiguous()
+        qkv = (chunk.of_query_heads(q, group), chunk.of_kv_heads(k), chunk.of_kv_heads(v))
+        where = chunk.of_runs(runs)
+        lists = _ops._block_lists(blocks, *where, seq_len_k=k.shape[1], block_size=sizes["block_size"])
+        partials = _ops._selected_fwd_kv_outer(*qkv, blocks, *lists, *where, **sizes)
+        return _ops._merge_partials(*partials, blocks, *where, seq_len_k=k.shape[1], **sizes)
+
+    group = q.shape[2] // k.shape[2]
+    cut = chunks(q, k, v.shape[3], block_indices.shape[3])
+    out, shift, log_sum = joined([[[part(chunk) for chunk in heads] for heads in rows] for rows in cut])
+    return out, shift, log_sum
 
 
 def _unions(q: Tensor, k: Tensor, block_indices: Tensor, runs: Runs, block_size: int) -> tuple[Any, dict[str, int]]:
@@ -73,17 +83,53 @@ def _tile_dq(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any]) -> Te
     return _ops._selected_bwd_union(grad_out, q, k, v, *statistics, *unions, *runs, **tile, scale=sizes["scale"])
 
 
+def _key_value_gradients(
+    tiles: list[Tensor], lists: Any, k: Tensor, v: Tensor, runs: Runs, block_size: int
+) -> tuple[Tensor, ...]:
+    return tuple(
+        _ops._reduce_tiles(part, lists[2], x, *runs, block_size=block_size)
+        for part, x in zip(tiles, (k, v), strict=True)
+    )
+
+
 def _backward(
-    known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any], *, dq_by: Callable[..., Tensor] | None
+    known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any], *, dq_by: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dk and dv from key blocks outside; dq by itself, or (None) as partials of that pass."""
+    """dk and dv from key blocks outside; dq by itself."""
     _, _, k, v, block_indices, *_ = known
-    blocks = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
-    lists = _ops._block_lists(block_indices, *runs, **blocks)
-    dk_tiles, dv_tiles, dq = _ops._selected_bwd_kv_outer(*known, *lists, *runs, **sizes, with_dq=dq_by is None)
-    dq = _ops._sum_partials(dq, block_indices, *runs, **blocks) if dq_by is None else dq_by(known, runs, sizes)
-    dk = _ops._reduce_tiles(dk_tiles, lists[2], k, *runs, block_size=sizes["block_size"])
-    dv = _ops._reduce_tiles(dv_tiles, lists[2], v, *runs, block_size=sizes["block_size"])
+    lists = _ops._block_lists(block_indices, *runs, seq_len_k=k.shape[1], block_size=sizes["block_size"])
+    *tiles, _ = _ops._selected_bwd_kv_outer(*known, *lists, *runs, **sizes, with_dq=False)
+    dk, dv = _key_value_gradients(tiles, lists, k, v, runs, sizes["block_size"])
+    return dq_by(known, runs, sizes), dk, dv
+
+
+def _kv_outer_backward(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """All gradients from key blocks outside, dq as partials of that pass."""
+    grad_out, q, k, v, block_indices, *statistics = known
+    blocks_of = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
+    group = q.shape[2] // k.shape[2]
+
+    def part(heads: list[Chunk]) -> tuple[list[tuple[Tensor]], tuple[Tensor, ...]]:
+        """dq of each of the parts of a group, and dk and dv, which are sums over all of it."""
+        where = heads[0].of_runs(runs)
+        keys, values, blocks = (heads[0].of_kv_heads(x) for x in (k, v, block_indices))
+        blocks = blocks.contiguous()
+        lists = _ops._block_lists(blocks, *where, **blocks_of)
+        dq: list[tuple[Tensor]] = []
+        sums: list[Tensor] = []
+        for chunk in heads:
+            grads, queries, *rows = (chunk.of_query_heads(x, group) for x in (grad_out, q, *statistics))
+            given = (grads, queries, keys, values, blocks, *(x.contiguous() for x in rows))
+            *tiles, partials = _ops._selected_bwd_kv_outer(*given, *lists, *where, **sizes, with_dq=True)
+            dq.append((_ops._sum_partials(partials, blocks, *where, **blocks_of),))
+            del partials  # the next take their place
+            sums = [a + b for a, b in zip(sums, tiles, strict=True)] if sums else tiles
+        return dq, _key_value_gradients(sums, lists, keys, values, where, sizes["block_size"])
+
+    cut = chunks(q, k, q.shape[3], block_indices.shape[3])
+    parts = [[part(heads) for heads in rows] for rows in cut]
+    (dq,) = joined([[found for found, _ in rows] for rows in parts])
+    dk, dv = joined([[[grads] for _, grads in rows] for rows in parts])
     return dq, dk, dv
 
 
@@ -101,7 +147,7 @@ class Order:
 
 ORDERS = {
     "nsa": Order(_query_outer_forward, partial(_backward, dq_by=_query_outer_dq)),
-    "fsa": Order(_kv_outer_forward, partial(_backward, dq_by=None)),
+    "fsa": Order(_kv_outer_forward, _kv_outer_backward),
     "tile": Order(_tile_forward, partial(_backward, dq_by=_tile_dq)),
 }
 
