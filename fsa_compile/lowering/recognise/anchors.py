@@ -114,7 +114,7 @@ def _replace(graph: Graph, anchor: fx.Node, kind: str) -> str:
     fake_mode = getattr(value, "fake_mode", None)
     if fake_mode is None:
         raise NotUnderstood("its value was not captured")
-    ev = Evaluator()
+    ev = Evaluator(getattr(fake_mode.shape_env, "guards", ()))
     if kind == _CALL:
         traced, pieces = _pieces_of_call(ev, region, call, fake_mode)
     else:

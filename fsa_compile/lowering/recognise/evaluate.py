@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from .index import Poly, Size, Var, is_nonneg
+from .index import Div, Mod, Poly, Size, Var, atoms_of, is_nonneg
 from .terms import Apply, At, Const, Int, Softmax, Term
 
 __all__ = [
@@ -54,13 +54,39 @@ def value(*names: str) -> Callable[[Callable[..., Term | None]], Callable[..., T
 
 
 class Evaluator:
-    """Terms of the nodes of one traced region."""
+    """Terms of the nodes of one traced region.
 
-    def __init__(self) -> None:
+    Args:
+        guards: what is known of sizes, as `ShapeEnv` holds it.
+    """
+
+    def __init__(self, guards: Sequence[Any] = ()) -> None:
         self.known: dict[tuple[fx.Node, Index], Term] = {}
+        self.factors: dict[str, int] = {}  # of sizes that are guarded to be multiples
         self.symbols: dict[str, sympy.Expr] = {}
         self._fresh = itertools.count()
         self._steps = 0
+        self.factors = dict(filter(None, map(self._multiple, guards)))
+
+    def _multiple(self, guard: Any) -> tuple[str, int] | None:
+        """A size and a number that divides it, if that is what a guard says."""
+        e = guard.expr
+        if not isinstance(e, sympy.Eq) or len(e.free_symbols) != 1:
+            return None
+        try:
+            difference = self.expression(e.lhs) - self.expression(e.rhs)
+        except NotUnderstood:
+            return None
+        for atom in atoms_of(difference):
+            by = atom.den.constant if isinstance(atom, (Div, Mod)) else None
+            if by is None or by < 2:
+                continue
+            (symbol,) = e.free_symbols
+            size = Poly.of(Size(str(symbol)))
+            for zero in (size % by, size - size // by * by, size - (size + (by - 1)) // by * by):
+                if difference in (zero, zero * -1):
+                    return str(symbol), by
+        return None
 
     def var(self, name: str, size: Any) -> Var:
         """A new index variable."""
@@ -137,7 +163,8 @@ class Evaluator:
             if not str(e).startswith("s"):
                 raise NotUnderstood(f"the size {e} is known only on the device")
             self.symbols[str(e)] = e
-            return Poly.of(Size(str(e)))
+            by = self.factors.get(str(e), 1)
+            return Poly.of(Size(str(e))) if by == 1 else Poly.of(Size(f"{e}/{by}")) * by
         parts = [self.expression(arg) for arg in e.args]
         name = type(e).__name__
         if name == "Add":

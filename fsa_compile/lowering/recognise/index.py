@@ -270,7 +270,24 @@ def is_nonneg(p: Poly) -> bool:
         for atom in monomial:
             product = product * (Poly.of(atom) + _least(atom))
         shifted = shifted + product
-    return all(c >= 0 for _, c in shifted.terms)
+    if all(c >= 0 for _, c in shifted.terms):
+        return True
+    smaller = _without_quotients(least)
+    return smaller != least and is_nonneg(smaller)
+
+
+def _without_quotients(p: Poly) -> Poly:
+    """A bound of `p` from below: `num - (den - 1) <= den * (num // den) <= num`."""
+    total = Poly.of(0)
+    for monomial, c in p.terms:
+        term = Poly(((monomial, c),))
+        for i, atom in enumerate(monomial):
+            if isinstance(atom, Div) and atom.den.constant and c % atom.den.constant == 0:
+                rest = Poly(((monomial[:i] + monomial[i + 1 :], c // atom.den.constant),))
+                term = rest * (atom.num - (atom.den.constant - 1) if c > 0 else atom.num)
+                break
+        total = total + term
+    return total
 
 
 def _least(atom: Atom) -> int:

@@ -118,7 +118,9 @@ def _causal(pieces: Pieces) -> tuple[Var, Poly]:
             if x not in (pieces.feature,) and x in variables(rest) and not variables(offset):
                 found.append((x, offset))
     if not found:
-        raise NotUnderstood("its mask is not causal token by token (key <= query)")
+        given = any(isinstance(part, At) and pieces.key in free(part) for part in conjuncts(pieces.visible))
+        hint = "; a part of it is an input, such as one made outside of a checkpointed function" if given else ""
+        raise NotUnderstood(f"its mask is not causal token by token (key <= query){hint}")
     best = found[0]
     for one in found[1:]:  # the strictest
         best = one if one[0] == best[0] and is_nonneg(best[1] - one[1]) else best

@@ -149,6 +149,9 @@ class Graph:
                     self.writes.setdefault(storage, []).append(node)
         self.autocast += [(i, len(self.order), node.args) for node, i in open_.items()]
 
+    def _autocast_around(self, node: fx.Node) -> list[tuple[int, int, tuple[Any, ...]]]:
+        return [(begin, end, args) for begin, end, args in self.autocast if begin < self.order[node] < end]
+
     def is_written(self, node: fx.Node) -> bool:
         """Whether anything writes to the tensor that a node gives."""
         storage = _storage(node)
@@ -160,13 +163,15 @@ class Graph:
         if any(self.order[node] < last for node in self.unknown_writes):
             raise NotUnderstood("something before it writes to a tensor that cannot be told")
         inside: set[fx.Node] = set()
-        pending = [anchor]
+        pending, around = [anchor], self._autocast_around(anchor)
         while pending:
             node = pending.pop()
             if node in inside or (node is not anchor and not _is_allowed(node)):
                 continue
             if self.grad_modes[node] != self.grad_modes[anchor] and _needs_grad(node):
                 continue  # made again at the anchor, it would have a gradient
+            if self._autocast_around(node) != around:
+                continue
             inside.add(node)
             if len(inside) > _MOST_NODES:
                 raise NotUnderstood("the computation around it is too large to be looked into")
@@ -186,10 +191,7 @@ class Graph:
         for storage, use in first_use.items():
             if any(use <= self.order[w] < last for w in self.writes.get(storage, ())):
                 raise NotUnderstood("one of its inputs is written to in place before it")
-        context = [args for begin, end, args in self.autocast if begin < last < end]
-        for begin, end, _ in self.autocast:
-            if len({begin < self.order[node] < end for node in nodes}) == 2:
-                raise NotUnderstood("autocast is switched on or off in the middle of it")
+        context = [args for _, _, args in self._autocast_around(anchor)]
         return Region(nodes, list(inputs), context)
 
 
