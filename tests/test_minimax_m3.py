@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -135,13 +136,13 @@ def test_what_may_leave_a_query_without_a_key_stays() -> None:
     cases = {
         "padding mask": (make_model("eager"), {"attention_mask": padded}),
         "own block is not scored +inf": (make_model("eager", index_local_blocks=0), {}),
-        "blocks of the future": (make_model("sdpa"), {"position_ids": torch.arange(_LENGTH)[None]}),
+        "blocks of the future|not causal": (make_model("sdpa"), {"position_ids": torch.arange(_LENGTH)[None]}),
     }
     for words, (model, inputs) in cases.items():
         torch._dynamo.reset()
         backend = check(model, False, {"input_ids": tokens(), **inputs})
         assert backend.calls == 0
-        assert words in backend.sites[1].reason, backend.sites[1].reason
+        assert re.search(words.replace("+", r"\+"), backend.sites[1].reason), backend.sites[1].reason
 
 
 def test_dense_token_scores_are_never_made() -> None:
