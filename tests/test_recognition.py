@@ -26,6 +26,7 @@ from fsa_compile.lowering import Site, _inductor, install
 from fsa_compile.lowering.recognise import recognise_graph
 
 _OP = torch.ops.fsa.selected_attention.default
+_SELECT = torch.ops.fsa.select_blocks.default
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,7 @@ class Captured:
     def __init__(self) -> None:
         self.sites: list[Site] = []
         self.calls = 0  # of the operator, in all graphs
+        self.selections = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         for module in gm.modules():
@@ -56,6 +58,7 @@ class Captured:
                 module.graph.lint()
                 module.recompile()
                 self.calls += sum(node.target is _OP for node in module.graph.nodes)
+                self.selections += sum(node.target is _SELECT for node in module.graph.nodes)
         return gm.forward
 
 
@@ -111,6 +114,7 @@ def test_positive(name: str, training: bool) -> None:
     backend = run(POSITIVES[name], training)
     assert [site.matched for site in backend.sites] == [True], backend.sites
     assert backend.calls == 1
+    assert backend.selections == POSITIVES[name].selects, backend.sites[0].reason
 
 
 @some(POSITIVES, by_default=12, slow=3)

@@ -33,6 +33,7 @@ class Program:
     static_only: bool = False  # left alone where lengths are dynamic
     length: int = 72  # not a multiple of BLOCK
     empty_rows: bool = True  # its inputs have rows that see nothing
+    selects: bool = False  # its ids become `select_blocks`
 
 
 POSITIVES: dict[str, Program] = {}
@@ -82,4 +83,4 @@ def make_inputs(program: Program, length: int, *, batch: int = 2, requires_grad:
     return [x.requires_grad_(requires_grad) if x.is_floating_point() else x for x in tensors]
 
 
-from . import near_misses, positives  # noqa: E402, F401
+from . import indexer_near_misses, indexer_positives, near_misses, positives  # noqa: E402, F401

@@ -19,7 +19,7 @@ from . import lookups, values  # their rules register themselves
 from .build import Builder
 from .evaluate import Evaluator, NotUnderstood
 from .prove import prove
-from .region import BLOCKWISE, Graph, Region, function_name, tensor, trace
+from .region import BLOCKWISE, Graph, Region, function_name, guard_equal, tensor, trace
 from .rewrite import rewrite
 from .scores import Pieces, of_call, of_term
 
@@ -114,12 +114,11 @@ def _replace(graph: Graph, anchor: fx.Node, kind: str) -> str:
     fake_mode = getattr(value, "fake_mode", None)
     if fake_mode is None:
         raise NotUnderstood("its value was not captured")
-    ev = Evaluator()
+    ev = Evaluator(getattr(fake_mode.shape_env, "guards", ()))
     if kind == _CALL:
         traced, pieces = _pieces_of_call(ev, region, call, fake_mode)
     else:
         traced = trace(region, [anchor], fake_mode)
-        _guard_scattered_rows(traced)
         (result,) = _results(traced)
         if result.meta["val"].dtype != value.dtype:  # type: ignore[union-attr]
             raise NotUnderstood("it was captured under another autocast")
@@ -127,13 +126,13 @@ def _replace(graph: Graph, anchor: fx.Node, kind: str) -> str:
     proof = prove(pieces)
     builder = Builder(ev, anchor, region, traced, fake_mode)
     try:
-        new = rewrite(proof, builder)
+        new, blocks = rewrite(proof, builder, graph)
     except BaseException:
         builder.undo()
         raise
     anchor.replace_all_uses_with(new)
     anchor.graph.erase_node(anchor)
-    return f"recognised as selected attention, blocks of {proof.block_size}"
+    return f"recognised as selected attention, blocks of {proof.block_size}{blocks}"
 
 
 def _bound_call(node: fx.Node) -> dict[str, Any]:
@@ -162,7 +161,6 @@ def _pieces_of_call(
     # The call itself stays out of the trace: what it decomposes into depends on the device.
     inner = Region(region.nodes[:-1], region.inputs, region.autocast)
     traced = trace(inner, operands, fake_mode)
-    _guard_scattered_rows(traced)
     q, k, v, mask = _results(traced)
     return traced, of_call(ev, q, k, v, mask, call["scale"], bool(call["enable_gqa"]))
 
@@ -174,23 +172,7 @@ def _require_equal_sizes(operands: list[fx.Node]) -> None:
     if len(mask) == len(q):
         pairs.append((mask[0], q[0]))
     for a, b in pairs:
-        _guard_equal(a, b)
-
-
-def _guard_scattered_rows(traced: fx.GraphModule) -> None:
-    """A scatter may write a part of the rows; that it writes all of them is a guard where sizes are dynamic."""
-    for node in traced.graph.nodes:
-        if str(node.target).startswith("aten.scatter"):
-            base, dim, at = (x.meta["val"] if isinstance(x, fx.Node) else x for x in node.args[:3])
-            for d in range(at.dim()):
-                if d != dim % at.dim():
-                    _guard_equal(at.shape[d], base.shape[d])
-
-
-def _guard_equal(a: Any, b: Any) -> None:
-    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr != b.node.expr:
-        if a.node.has_hint() and b.node.has_hint() and a.node.hint == b.node.hint:
-            bool(a == b)
+        guard_equal(a, b)
 
 
 def _results(traced: fx.GraphModule) -> list[fx.Node]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .evaluate import Evaluator, NotUnderstood
-from .index import Div, Mod, Poly, Size, Var, variables
+from .evaluate import Evaluator, NotUnderstood, joined
+from .index import Div, Mod, Poly, Size, Var, is_nonneg, variables
 from .region import Region, _autocast
 from .terms import And, Apply, At, Const, Equal, Int, NonNeg, Not, Or, Term
 
@@ -30,6 +30,7 @@ class Builder:
         )  # fmt: skip
         self.made: list[fx.Node] = []
         self.inlined: dict[fx.Node, Any] = {}
+        self.earlier: list[Builder] = []  # of what is made for this one further up
         self.lengths: dict[Poly, tuple[fx.Node, int]] = {}  # sizes that can be read off a tensor's axis
 
     def undo(self) -> None:
@@ -37,6 +38,8 @@ class Builder:
         for node in reversed(self.made):
             self.graph.erase_node(node)
         self.made.clear()
+        for builder in self.earlier:
+            builder.undo()
 
     def make(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call."""
@@ -63,6 +66,10 @@ class Builder:
         if node in self.inputs:
             return self.inputs[node]
         if node not in self.inlined:
+            if node.target is torch.ops.aten.cat.default:
+                parts = joined(*node.args)  # type: ignore[arg-type]
+                if len(parts) == 1:
+                    return self.inline(parts[0])
             if node.op != "call_function":
                 raise NotUnderstood("it holds a constant tensor")
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
@@ -99,6 +106,8 @@ class Builder:
                 if len(variables(p)) != 1:
                     raise NotUnderstood(f"an operand is taken at {p}")
                 (only,) = variables(p)
+                if not is_nonneg(p) or not is_nonneg(self.ev.size(n) - 1 - p):
+                    raise NotUnderstood(f"an operand is taken at {p}, which may lie outside of it")
                 x = self.make(torch.index_select, x, dim, self.numbers(p, {only: 0}, 1))
                 digits = (0, [only])
                 if only in axes:
@@ -125,7 +134,7 @@ class Builder:
             total = total * v.size
         if digits[0] == 0 and total == self.ev.size(size):
             return x
-        if total.constant is None or not isinstance(size, int):
+        if total.constant is None or not isinstance(size, int) or digits[0] + total.constant > size:
             raise NotUnderstood("an operand is a part of a tensor whose size changes")
         return self.make(torch.narrow, x, dim, digits[0], total.constant)
 

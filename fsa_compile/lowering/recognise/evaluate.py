@@ -8,19 +8,32 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
 from torch import fx
 
-from .index import Poly, Size, Var, is_nonneg
+from .index import Div, Mod, Poly, Size, Var, atoms_of, is_nonneg
 from .terms import Apply, At, Const, Int, Softmax, Term
 
-__all__ = ["MOVES", "VALUES", "Evaluator", "Index", "NotUnderstood", "axis_of", "move", "value", "with_axis"]
+__all__ = [
+    "MOVES",
+    "VALUES",
+    "Evaluator",
+    "Index",
+    "NotUnderstood",
+    "axis_of",
+    "is_widening",
+    "joined",
+    "move",
+    "value",
+    "with_axis",
+]
 
 Index = tuple[Poly, ...]
-Move = Callable[..., "tuple[fx.Node, Index]"]
+Move = Callable[..., "tuple[fx.Node, Index] | None"]
+_Rule = TypeVar("_Rule", bound=Move)
 MOVES: dict[str, Move] = {}  # "aten.view.default": index of the result -> (argument, index in it)
 VALUES: dict[str, Callable[..., Term | None]] = {}
 _MOST_STEPS = 20_000
@@ -30,8 +43,8 @@ class NotUnderstood(Exception):
     """Why something is not recognised, in words for the user."""
 
 
-def move(*names: str) -> Callable[[Move], Move]:
-    """Register how operators move elements."""
+def move(*names: str) -> Callable[[_Rule], _Rule]:
+    """Register how operators move elements. A rule gives None where it does not say."""
     return lambda fn: MOVES.update(dict.fromkeys([f"aten.{name}" for name in names], fn)) or fn
 
 
@@ -41,13 +54,39 @@ def value(*names: str) -> Callable[[Callable[..., Term | None]], Callable[..., T
 
 
 class Evaluator:
-    """Terms of the nodes of one traced region."""
+    """Terms of the nodes of one traced region.
 
-    def __init__(self) -> None:
+    Args:
+        guards: what is known of sizes, as `ShapeEnv` holds it.
+    """
+
+    def __init__(self, guards: Sequence[Any] = ()) -> None:
         self.known: dict[tuple[fx.Node, Index], Term] = {}
+        self.factors: dict[str, int] = {}  # of sizes that are guarded to be multiples
         self.symbols: dict[str, sympy.Expr] = {}
         self._fresh = itertools.count()
         self._steps = 0
+        self.factors = dict(filter(None, map(self._multiple, guards)))
+
+    def _multiple(self, guard: Any) -> tuple[str, int] | None:
+        """A size and a number that divides it, if that is what a guard says."""
+        e = guard.expr
+        if not isinstance(e, sympy.Eq) or len(e.free_symbols) != 1:
+            return None
+        try:
+            difference = self.expression(e.lhs) - self.expression(e.rhs)
+        except NotUnderstood:
+            return None
+        for atom in atoms_of(difference):
+            by = atom.den.constant if isinstance(atom, (Div, Mod)) else None
+            if by is None or by < 2:
+                continue
+            (symbol,) = e.free_symbols
+            size = Poly.of(Size(str(symbol)))
+            for zero in (size % by, size - size // by * by, size - (size + (by - 1)) // by * by):
+                if difference in (zero, zero * -1):
+                    return str(symbol), by
+        return None
 
     def var(self, name: str, size: Any) -> Var:
         """A new index variable."""
@@ -73,8 +112,9 @@ class Evaluator:
             if type(held) is torch.Tensor and held.numel() == 1:
                 number = held.item()
                 return Int(Poly.of(number)) if type(number) is int else Const(number)
-        if name in MOVES:
-            return self.value(*MOVES[name](self, index, *node.args, **node.kwargs))
+        moved = self.moved(node, index)
+        if moved is not None:
+            return self.value(*moved)
         if name in VALUES:
             found = VALUES[name](self, node, index, *node.args, **node.kwargs)
             if found is not None:
@@ -86,10 +126,15 @@ class Evaluator:
         found = self.value(node, index)
         if _is_multiple(found) or holds_softmax(found):
             return found
-        index = tuple(index)
-        while str(node.target) in MOVES:
-            node, index = MOVES[str(node.target)](self, index, *node.args, **node.kwargs)
-        return At(node, index)
+        at = node, tuple(index)
+        while (moved := self.moved(*at)) is not None:
+            at = moved
+        return At(*at)
+
+    def moved(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+        """The argument and the index in it that an element is moved from, if it only is."""
+        rule = MOVES.get(str(node.target))
+        return None if rule is None else rule(self, index, *node.args, **node.kwargs)
 
     def shape(self, node: fx.Node) -> tuple[Poly, ...]:
         """Sizes of a node's axes."""
@@ -105,20 +150,22 @@ class Evaluator:
         if isinstance(n, fx.Node):
             n = n.meta["val"]
         if isinstance(n, torch.SymInt):
-            return self._expression(n.node.expr)
+            return self.expression(n.node.expr)
         if isinstance(n, int) and not isinstance(n, bool):
             return Poly.of(n)
         raise NotUnderstood(f"{n!r} is not an integer")
 
-    def _expression(self, e: Any) -> Poly:
+    def expression(self, e: Any) -> Poly:
+        """A size that is written in SymPy."""
         if e.is_Integer:
             return Poly.of(int(e))
         if e.is_Symbol:
             if not str(e).startswith("s"):
                 raise NotUnderstood(f"the size {e} is known only on the device")
             self.symbols[str(e)] = e
-            return Poly.of(Size(str(e)))
-        parts = [self._expression(arg) for arg in e.args]
+            by = self.factors.get(str(e), 1)
+            return Poly.of(Size(str(e))) if by == 1 else Poly.of(Size(f"{e}/{by}")) * by
+        parts = [self.expression(arg) for arg in e.args]
         name = type(e).__name__
         if name == "Add":
             return sum(parts, Poly.of(0))
@@ -133,6 +180,8 @@ class Evaluator:
             return parts[0] // parts[1]
         if name in ("Mod", "PythonMod"):
             return parts[0] % parts[1]
+        if name == "Min" and all(is_nonneg(part - 1) for part in parts):
+            return Poly.of(Size(str(e)))
         raise NotUnderstood(f"the size {e} is not understood")
 
     def aligned(self, node: fx.Node, index: Index) -> Index:
@@ -153,9 +202,14 @@ class Evaluator:
 
 
 def _is_multiple(x: Any) -> bool:
-    while isinstance(x, Apply) and x.name in ("mul", "cast"):
+    while isinstance(x, Apply) and (x.name == "mul" or (x.name == "cast" and is_widening(x.args[1], x.args[2]))):
         x = x.args[0]
     return isinstance(x, At)
+
+
+def is_widening(old: torch.dtype, new: torch.dtype) -> bool:
+    """Whether a cast loses nothing."""
+    return torch.promote_types(old, new) == new
 
 
 def holds_softmax(x: Any) -> bool:
@@ -295,3 +349,19 @@ def _flip(ev: Evaluator, index: Index, x: fx.Node, dims: Sequence[int]) -> tuple
         dim = axis_of(len(shape), dim)
         index = with_axis(index, dim, shape[dim] - 1 - index[dim])
     return x, index
+
+
+@move("cat.default")
+def _cat_of_one(ev: Evaluator, index: Index, tensors: Sequence[fx.Node], dim: int = 0) -> tuple[fx.Node, Index] | None:
+    """Joined with nothing but empty tensors, as a cache that was just made holds them."""
+    parts = joined(tensors, dim)
+    return (parts[0], index) if len(parts) == 1 else None
+
+
+def joined(tensors: Sequence[fx.Node], dim: int = 0) -> list[fx.Node]:
+    """Of tensors that are joined along `dim`, those that have elements; all of them if joining casts some."""
+    values = [x.meta["val"] for x in tensors]
+    if len({x.dtype for x in values}) > 1:
+        return list(tensors)
+    empty = [x.shape == (0,) or (isinstance(x.shape[dim], int) and x.shape[dim] == 0) for x in values]
+    return [x for x, none in zip(tensors, empty, strict=True) if not none]

@@ -263,14 +263,42 @@ def is_nonneg(p: Poly) -> bool:
         return False
     if all(c >= 0 for _, c in least.terms):
         return True
-    # Sizes are at least 1: in terms of `size - 1`, no coefficient may be negative.
+    # In terms of how far sizes and their quotients are above their least, no coefficient may be negative.
     shifted = Poly.of(0)
     for monomial, c in least.terms:
         product = Poly.of(c)
         for atom in monomial:
-            product = product * (Poly.of(atom) + 1 if isinstance(atom, Size) else Poly.of(atom))
+            product = product * (Poly.of(atom) + _least(atom))
         shifted = shifted + product
-    return all(c >= 0 for _, c in shifted.terms)
+    if all(c >= 0 for _, c in shifted.terms):
+        return True
+    smaller = _without_quotients(least)
+    return smaller != least and is_nonneg(smaller)
+
+
+def _without_quotients(p: Poly) -> Poly:
+    """A bound of `p` from below: `num - (den - 1) <= den * (num // den) <= num`."""
+    total = Poly.of(0)
+    for monomial, c in p.terms:
+        term = Poly(((monomial, c),))
+        for i, atom in enumerate(monomial):
+            if isinstance(atom, Div) and atom.den.constant and c % atom.den.constant == 0:
+                rest = Poly(((monomial[:i] + monomial[i + 1 :], c // atom.den.constant),))
+                term = rest * (atom.num - (atom.den.constant - 1) if c > 0 else atom.num)
+                break
+        total = total + term
+    return total
+
+
+def _least(atom: Atom) -> int:
+    """A bound from below of a size, or of a quotient of them: a size is at least 1."""
+    if isinstance(atom, Size):
+        return 1
+    if not isinstance(atom, Div) or not atom.den.constant:
+        return 0
+    sizes_only = all(isinstance(a, Size) for m, _ in atom.num.terms for a in m)
+    rises = all(c > 0 for m, c in atom.num.terms if m)
+    return sum(c for _, c in atom.num.terms) // atom.den.constant if sizes_only and rises else 0
 
 
 # ---- structure ----

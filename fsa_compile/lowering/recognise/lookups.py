@@ -8,9 +8,28 @@ from typing import Any
 import torch
 from torch import fx
 
-from .evaluate import Evaluator, Index, axis_of, value, with_axis
+from .evaluate import Evaluator, Index, axis_of, joined, value, with_axis
 from .index import Poly, Var, is_nonneg
-from .terms import Apply, At, Const, Int, Reduce, Softmax, Term, all_of, apply, equal, exists, negate
+from .terms import (
+    FALSE,
+    TRUE,
+    Apply,
+    At,
+    Const,
+    Int,
+    Reduce,
+    Softmax,
+    Term,
+    all_of,
+    apply,
+    equal,
+    exists,
+    negate,
+    nonneg,
+    reduced,
+    replaced,
+    where,
+)
 from .values import choice, constant, is_float, is_truth, number_of, truth_of
 
 # ---- reductions ----
@@ -67,10 +86,17 @@ def _amax(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: Any = Non
     body = ev.value(x, inner)
     kind = body.args[0] if isinstance(body, Apply) and body.name == "truth" else body
     if not is_truth(kind):
-        return None
+        return reduced("max", names[0], body) if len(names) == 1 and is_float(node) else None
     for name in names:
         kind = exists(name, kind)
     return kind if node.meta["val"].dtype == torch.bool else apply("truth", kind)
+
+
+@value("cumsum.default")
+def _cumsum(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: int, **_: Any) -> Term | None:
+    dim = axis_of(len(index), dim)
+    body = ev.value(x, with_axis(index, dim, Poly.of(ev.var("c", ev.shape(x)[dim]))))
+    return constant(node, 0) if body == FALSE or number_of(body) == 0 else None
 
 
 @value("_softmax.default")
@@ -226,6 +252,35 @@ def _never_negative(x: Term) -> bool:
     return isinstance(x, Apply) and x.name == "clamped"
 
 
+@value("cat.default")
+def _cat(ev: Evaluator, node: fx.Node, index: Index, tensors: Sequence[fx.Node], dim: int = 0) -> Term | None:
+    """Integers with one more before them that continues their formula, as in differences of positions."""
+    dim, parts = axis_of(len(index), dim), joined(tensors, dim)
+    if len(parts) != 2 or ev.shape(parts[0])[dim].constant != 1:
+        return None
+    place = ev.var("c", ev.shape(node)[dim])
+    first = ev.value(parts[0], with_axis(index, dim, Poly.of(0)))
+    rest = ev.value(parts[1], with_axis(index, dim, Poly.of(place) - 1))
+    if not isinstance(first, Int) or not isinstance(rest, Int) or replaced(rest, {place: Poly.of(0)}) != first:
+        return None
+    return replaced(rest, {place: index[dim]})
+
+
+@value("constant_pad_nd.default")
+def _pad(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, widths: Sequence[Any], fill: Any = 0) -> Term | None:
+    """Outside of what is padded the index has no meaning; nor has what it finds there, as it is not taken."""
+    inner, shape = list(index), ev.shape(x)
+    inside: Term = TRUE
+    place: dict[Var, Poly] = {}
+    for at in range(len(widths) // 2):
+        dim = len(index) - 1 - at
+        var = ev.var("y", shape[dim])
+        place[var], inner[dim] = index[dim] - ev.size(widths[2 * at]), Poly.of(var)
+        inside = all_of(inside, nonneg(place[var]), nonneg(shape[dim] - 1 - place[var]))
+    number = constant(node, fill)
+    return None if number is None else choice(ev, node, inside, replaced(ev.value(x, tuple(inner)), place), number)
+
+
 @value("clamp.default", "clamp_min.default", "clamp.Tensor")
 def _clamp(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, low: Any = None, high: Any = None) -> Term | None:
     found = ev.value(x, index)
@@ -234,6 +289,8 @@ def _clamp(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, low: Any = No
             high is None or is_nonneg(ev.size(high) - found.poly)
         ):
             return found
+        if high is None and type(low) is int:
+            return where(nonneg(found.poly - low), found, Int(Poly.of(low)))
         return None
     if isinstance(low, int) and low >= 0 and not is_float(node):
         return apply("clamped", At(node, index))

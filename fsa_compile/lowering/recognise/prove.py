@@ -26,9 +26,10 @@ from .terms import (
     replaced,
 )  # fmt: skip
 
-__all__ = ["Fixed", "Listed", "Proof", "prove"]
+__all__ = ["Fixed", "Listed", "Proof", "conjuncts", "is_implied", "prove"]
 
 _MOST_FIXED = 64
+_AN_INPUT = "a mask that is an input, such as a padding mask"
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,15 @@ def prove(pieces: Pieces) -> Proof:
     return Proof(pieces, axes, batch, head, group, query, block_size, blocks, never_empty, by_query_head)
 
 
-def _conjuncts(x: Term) -> tuple[Term, ...]:
+def conjuncts(x: Term) -> tuple[Term, ...]:
+    """The terms that all have to hold."""
     return x.parts if isinstance(x, And) else (x,)
 
 
 def _causal(pieces: Pieces) -> tuple[Var, Poly]:
     """The query's axis, and how far it sees beyond its own number: from the literal `i + offset - j >= 0`."""
     found: list[tuple[Var, Poly]] = []
-    for part in _conjuncts(pieces.visible):
+    for part in conjuncts(pieces.visible):
         if not isinstance(part, NonNeg) or dict(part.poly.terms).get((pieces.key,)) != -1:
             continue
         rest = part.poly + Poly.of(pieces.key)
@@ -116,7 +118,9 @@ def _causal(pieces: Pieces) -> tuple[Var, Poly]:
             if x not in (pieces.feature,) and x in variables(rest) and not variables(offset):
                 found.append((x, offset))
     if not found:
-        raise NotUnderstood("its mask is not causal token by token (key <= query)")
+        given = any(isinstance(part, At) and pieces.key in free(part) for part in conjuncts(pieces.visible))
+        hint = "; a part of it is an input, such as one made outside of a checkpointed function" if given else ""
+        raise NotUnderstood(f"its mask is not causal token by token (key <= query){hint}")
     best = found[0]
     for one in found[1:]:  # the strictest
         best = one if one[0] == best[0] and is_nonneg(best[1] - one[1]) else best
@@ -182,7 +186,7 @@ def _indices(x: Any) -> Iterator[Poly]:
 
 def _selection(pieces: Pieces, query: Var, offset: Poly) -> tuple[int, tuple[Listed | Fixed, ...], bool]:
     key, position = Poly.of(pieces.key), Poly.of(query) + offset
-    left = [part for part in _conjuncts(pieces.visible) if not _implied(part, key, position)]
+    left = [part for part in conjuncts(pieces.visible) if not is_implied(part, key, position)]
     if not left:
         raise NotUnderstood("its mask is only causal: dense attention")
     selections = [part for part in left if _has_list(part)]
@@ -213,7 +217,7 @@ def _has_list(x: Term) -> bool:
     return isinstance(x, Exists) or (isinstance(x, (And, Or)) and any(map(_has_list, x.parts)))
 
 
-def _implied(part: Term, key: Poly, position: Poly) -> bool:
+def is_implied(part: Term, key: Poly, position: Poly) -> bool:
     """Whether `key <= position` implies it."""
     if not isinstance(part, NonNeg):
         return False
@@ -233,9 +237,9 @@ def _why(part: Term, pieces: Pieces) -> str:
             return "keys far behind the query, as a window does"
         return "by position"
     if isinstance(part, Not):
-        return "keys of listed blocks are hidden, not shown" if _has_list(part.part) else "a mask that is an input"
+        return "keys of listed blocks are hidden, not shown" if _has_list(part.part) else _AN_INPUT
     if isinstance(part, At):
-        return "a mask that is an input, such as a padding mask"
+        return _AN_INPUT
     if isinstance(part, Or):
         return "several conditions of which one suffices"
     return "a comparison of values"
@@ -243,11 +247,11 @@ def _why(part: Term, pieces: Pieces) -> str:
 
 def _hits(option: Term) -> tuple[Exists, list[Term], list[Term]]:
     """The list, its conditions, and the conditions outside."""
-    parts = _conjuncts(option)
+    parts = conjuncts(option)
     lists = [x for x in parts if isinstance(x, Exists)]
     if len(lists) != 1:
         raise NotUnderstood("its list of blocks comes with conditions that are not looked through")
-    inner = list(_conjuncts(lists[0].body))
+    inner = list(conjuncts(lists[0].body))
     return lists[0], inner, [x for x in parts if x is not lists[0]]
 
 
@@ -282,7 +286,7 @@ def _blocks(
     shift = (column - block).constant
     if shift is None:
         raise NotUnderstood("its ids are compared with something else than the block of a key")
-    outer = [part for part in outer if not _implied(part, key, position)]
+    outer = [part for part in outer if not is_implied(part, key, position)]
     if isinstance(ids, Apply) and ids.name == "clamped":
         ids = ids.args[0]
     if not isinstance(ids, At):
@@ -295,7 +299,7 @@ def _blocks(
 
 def _fixed(option: Term, key: Poly, position: Poly, block: Poly, block_size: int, pieces: Pieces) -> Iterator[Fixed]:
     """Blocks that every query sees: `j // B == f(i)`, the newest (`j // B >= i // B - c`), the first (`j < c * B`)."""
-    parts = [part for part in _conjuncts(option) if not _implied(part, key, position)]
+    parts = [part for part in conjuncts(option) if not is_implied(part, key, position)]
     if len(parts) != 1:
         raise NotUnderstood("its mask also shows keys outside of the listed blocks, under several conditions")
     part = parts[0]

@@ -18,14 +18,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .evaluate import NotUnderstood
 
-__all__ = ["BLOCKWISE", "Graph", "Region", "function_name", "trace"]
+__all__ = ["BLOCKWISE", "Graph", "Region", "function_name", "guard_equal", "tensor", "trace", "written"]
 
 # By name, whether a function, a method or an operator. Products of two tensors are left out but for the attention's
 # own; so are `detach`, which is not what it holds, and whatever draws random numbers.
 _MOVES = """
     view reshape expand expand_as view_as reshape_as permute transpose swapaxes swapdims movedim moveaxis t mT T
     unsqueeze squeeze flatten unflatten contiguous clone repeat tile repeat_interleave getitem narrow select
-    flip roll index_select gather take_along_dim unbind split chunk tensor_split cat concat stack hstack pad
+    flip roll index_select gather take_along_dim unbind split chunk tensor_split cat concat stack hstack pad diff
     rearrange broadcast_to adjoint getattr __getitem__ dropout
 """
 _MAKES = """
@@ -40,7 +40,7 @@ _POINTWISE = """
     subtract neg floordiv floor_divide remainder mod mul truediv div divide multiply isin __add__ __radd__
     __sub__ __rsub__ __mul__ __rmul__ __truediv__ __floordiv__ __mod__ nan_to_num
 """
-_REDUCES = "any all sum amax max"
+_REDUCES = "any all sum amax max cumsum"
 _WRITES = """
     scatter scatter_add scatter_reduce index_put index_fill scatter_ scatter_add_ scatter_reduce_ index_put_
     index_fill_ setitem fill_ zero_ masked_fill_ logical_and_ logical_or_ logical_not_ bitwise_and_ bitwise_or_
@@ -149,19 +149,29 @@ class Graph:
                     self.writes.setdefault(storage, []).append(node)
         self.autocast += [(i, len(self.order), node.args) for node, i in open_.items()]
 
+    def _autocast_around(self, node: fx.Node) -> list[tuple[int, int, tuple[Any, ...]]]:
+        return [(begin, end, args) for begin, end, args in self.autocast if begin < self.order[node] < end]
+
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether anything writes to the tensor that a node gives."""
+        storage = _storage(node)
+        return storage is None or bool(self.writes.get(storage)) or bool(self.unknown_writes)
+
     def region(self, anchor: fx.Node) -> Region:
         """The region that ends in `anchor`, which comes last of its nodes."""
         last = self.order[anchor]
         if any(self.order[node] < last for node in self.unknown_writes):
             raise NotUnderstood("something before it writes to a tensor that cannot be told")
         inside: set[fx.Node] = set()
-        pending = [anchor]
+        pending, around = [anchor], self._autocast_around(anchor)
         while pending:
             node = pending.pop()
             if node in inside or (node is not anchor and not _is_allowed(node)):
                 continue
             if self.grad_modes[node] != self.grad_modes[anchor] and _needs_grad(node):
                 continue  # made again at the anchor, it would have a gradient
+            if self._autocast_around(node) != around:
+                continue
             inside.add(node)
             if len(inside) > _MOST_NODES:
                 raise NotUnderstood("the computation around it is too large to be looked into")
@@ -181,12 +191,7 @@ class Graph:
         for storage, use in first_use.items():
             if any(use <= self.order[w] < last for w in self.writes.get(storage, ())):
                 raise NotUnderstood("one of its inputs is written to in place before it")
-        context = [args for begin, end, args in self.autocast if begin < last < end]
-        begins = [begin for begin, end, _ in self.autocast if begin < last < end]
-        crossed = [i for begin, end, _ in self.autocast for i in (begin, end)]
-        if any(self.order[nodes[0]] < i < last for i in crossed):
-            raise NotUnderstood("autocast is switched on or off in the middle of it")
-        assert len(begins) == len(context)
+        context = [args for _, _, args in self._autocast_around(anchor)]
         return Region(nodes, list(inputs), context)
 
 
@@ -257,7 +262,26 @@ def trace(region: Region, results: Iterable[fx.Node], fake_mode: Any) -> fx.Grap
         values.append(value.detach() if isinstance(value, torch.Tensor) else value)
     # With the Python dispatcher: in torch 2.11 the C++ decomposition of `matmul` makes constants of dynamic sizes.
     with _autocast(region.autocast), enable_python_dispatcher(), fake_mode, torch.no_grad():
-        return make_fx(fn, tracing_mode="real")(*values)
+        traced = make_fx(fn, tracing_mode="real")(*values)
+    _guard_scattered_rows(traced)
+    return traced
+
+
+def _guard_scattered_rows(traced: fx.GraphModule) -> None:
+    """A scatter may write a part of the rows; that it writes all of them is a guard where sizes are dynamic."""
+    for node in traced.graph.nodes:
+        if str(node.target).startswith("aten.scatter"):
+            base, dim, at = (x.meta["val"] if isinstance(x, fx.Node) else x for x in node.args[:3])
+            for d in range(at.dim()):
+                if d != dim % at.dim():
+                    guard_equal(at.shape[d], base.shape[d])
+
+
+def guard_equal(a: Any, b: Any) -> None:
+    """A guard that two sizes are equal, if they are."""
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr != b.node.expr:
+        if a.node.has_hint() and b.node.has_hint() and a.node.hint == b.node.hint:
+            bool(a == b)
 
 
 def _autocast(context: list[tuple[Any, ...]]) -> Any:

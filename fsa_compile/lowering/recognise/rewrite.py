@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from .build import Builder
 from .evaluate import NotUnderstood
 from .index import Poly, Var, variables
 from .prove import Fixed, Listed, Proof
-from .region import function_name, tensor
+from .ranking import rank, select, top_of
+from .region import Graph, tensor
 from .terms import TRUE, free
 
 __all__ = ["rewrite"]
@@ -22,8 +24,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_HEAD_DIM = 256
 
 
-def rewrite(proof: Proof, b: Builder) -> fx.Node:
-    """Nodes that give what the anchor gives."""
+def rewrite(proof: Proof, b: Builder, graph: Graph) -> tuple[fx.Node, str]:
+    """Nodes that give what the anchor gives, and words about the block ids."""
     want = tensor(b.anchor)
     assert want is not None
     query, pieces = proof.query, proof.pieces
@@ -47,17 +49,49 @@ def rewrite(proof: Proof, b: Builder) -> fx.Node:
         k, v = (b.make(torch.repeat_interleave, x, group, 2) for x in (k, v))
     if max(int(b.shape(x)[3]) for x in (q, k, v)) > _MOST_HEAD_DIM:
         raise NotUnderstood(f"its head_dim is more than {_MOST_HEAD_DIM}")
-    ids, sees = _block_indices(b, proof, q, heads if by_query_head else (proof.head, None))
+    ranked = _ranked(b, proof, graph)
+    ids, sees = _block_indices(b, proof, ranked, q, heads if by_query_head else (proof.head, None))
     options: dict[str, Any] = {"block_size": proof.block_size, "scale": pieces.scale}
     both = b.make(torch.ops.fsa.selected_attention.default, q, k, v, ids, **options)
     out = b.make(operator.getitem, both, 0)
-    if proof.never_empty:
-        return _as_wanted(b, proof, out, group, want)
+    if proof.never_empty or ranked.never_empty:
+        return _as_wanted(b, proof, out, group, want), ranked.words
     if pieces.fills != {-math.inf}:
-        out = _average_where_empty(b, proof, out, sees, v, 1 if by_query_head else group)
+        out = _average_where_empty(b, proof, out, sees, v, 1 if by_query_head else group, ranked.words)
     elif pieces.empty_is_nan:
         out = _nan_where_empty(b, proof, out, sees, q, k, v, 1 if by_query_head else group)
-    return _as_wanted(b, proof, out, group, want)
+    return _as_wanted(b, proof, out, group, want), ranked.words
+
+
+@dataclass
+class _Lists:
+    """Of lists that are the top-k of block scores, what is known or made of them."""
+
+    graph: Graph
+    selected: dict[Listed, fx.Node]  # ids of `select_blocks`, (batch, seq_len, num_kv_heads, group or 1, slots)
+    never_empty: bool
+    words: str
+
+
+def _ranked(b: Builder, proof: Proof, graph: Graph) -> _Lists:
+    lists = _Lists(graph, {}, False, "")
+    for one in proof.blocks:
+        if not isinstance(one, Listed):
+            continue
+        try:
+            found = rank(graph, b, proof, one)
+            lists.never_empty = True
+            inner = Builder(b.ev, found.top, found.region, found.traced, b.fake_mode)
+            b.earlier.append(inner)
+            try:
+                lists.selected[one] = select(found, inner, b, proof, one)
+            except NotUnderstood:
+                inner.undo()
+                raise
+            lists.words = ", chosen by select_blocks"
+        except NotUnderstood as why:
+            lists.words = f"; its block ids are left as they are: {why}"
+    return lists
 
 
 def _operand(b: Builder, at: Any, order: tuple[Var | None, ...], want: torch.Tensor) -> fx.Node:
@@ -88,7 +122,7 @@ def _whole(b: Builder, x: fx.Node, proof: Proof) -> fx.Node:
 
 
 def _block_indices(
-    b: Builder, proof: Proof, q: fx.Node, heads: tuple[Var | None, Var | None]
+    b: Builder, proof: Proof, ranked: _Lists, q: fx.Node, heads: tuple[Var | None, Var | None]
 ) -> tuple[fx.Node, fx.Node]:
     """Ids (batch, seq_len, heads, slots), int32, none twice, -1 for what a query does not see; whether it sees any."""
     parts: list[fx.Node] = []
@@ -102,15 +136,10 @@ def _block_indices(
                 part = b.make(torch.full, [1, 1, 1, 1], part, dtype=torch.int64, device=b.fake(q).device)
             parts.append(b.make(torch.Tensor.expand, part, *shape, 1))
             continue
-        order = (proof.batch, query, *heads, one.slot)
-        part = b.laid_out(one.ids, order)
-        if b.fake(part).dtype not in (torch.int64, torch.int32):
-            raise NotUnderstood(f"its block ids are {b.fake(part).dtype}")
-        part = b.make(torch.Tensor.to, part, torch.int64)
-        if one.shift:
-            part = b.make(torch.sub, part, one.shift)
-        if one.valid != TRUE:
-            part = b.make(torch.where, b.truth(one.valid, order), part, -1)
+        if one in ranked.selected:
+            part = b.make(torch.Tensor.to, ranked.selected[one], torch.int64)
+        else:
+            part = _listed(b, one, (proof.batch, query, *heads, one.slot))
         part = b.make(
             torch.Tensor.expand, part, *shape[:2], *(int(x.size.constant or 1) if x else 1 for x in heads), -1
         )
@@ -120,7 +149,7 @@ def _block_indices(
     newest = b.make(torch.floor_divide, position, proof.block_size)
     seen = b.make(torch.logical_and, b.make(torch.ge, ids, 0), b.make(torch.le, ids, newest))
     ids = b.make(torch.where, seen, ids, -1)
-    if not _distinct(b, proof) and b.shape(ids)[-1] != 1:
+    if not _distinct(b, proof, ranked) and b.shape(ids)[-1] != 1:
         # A block counts once in a mask, however often it is listed.
         ids = b.make(operator.getitem, b.make(torch.sort, ids, -1), 0)
         first, later = (b.make(operator.getitem, ids, (..., part)) for part in (slice(None, 1), slice(1, None)))
@@ -130,16 +159,27 @@ def _block_indices(
     return b.make(torch.Tensor.to, ids, torch.int32), b.make(torch.any, seen, -1)
 
 
-def _distinct(b: Builder, proof: Proof) -> bool:
+def _listed(b: Builder, one: Listed, order: tuple[Var | None, ...]) -> fx.Node:
+    """A list's ids, with -1 for those that do not count."""
+    part = b.laid_out(one.ids, order)
+    if b.fake(part).dtype not in (torch.int64, torch.int32):
+        raise NotUnderstood(f"its block ids are {b.fake(part).dtype}")
+    part = b.make(torch.Tensor.to, part, torch.int64)
+    if one.shift:
+        part = b.make(torch.sub, part, one.shift)
+    return part if one.valid == TRUE else b.make(torch.where, b.truth(one.valid, order), part, -1)
+
+
+def _distinct(b: Builder, proof: Proof, ranked: _Lists) -> bool:
     """Whether no id can be listed twice: they are the indices of one top-k, along the axis that is listed."""
     if len(proof.blocks) != 1 or not isinstance(proof.blocks[0], Listed):
         return False
     one = proof.blocks[0]
+    if one in ranked.selected:
+        return True
     source = b.inputs.get(one.ids.node)
-    if source is None or function_name(source) != "getitem" or source.args[1] != 1:
-        return False
-    top: Any = source.args[0]
-    if not isinstance(top, fx.Node) or function_name(top) != "topk":
+    top, which = (None, 0) if source is None else top_of(ranked.graph, source)
+    if top is None or which != 1:
         return False
     dim = top.kwargs.get("dim", top.args[2] if len(top.args) > 2 else -1)
     if not isinstance(dim, int):
@@ -173,14 +213,16 @@ def _nan_where_empty(
     return b.make(torch.Tensor.to, b.make(torch.add, out, added), b.fake(out).dtype)
 
 
-def _average_where_empty(b: Builder, proof: Proof, out: fx.Node, sees: fx.Node, v: fx.Node, group: int) -> fx.Node:
+def _average_where_empty(
+    b: Builder, proof: Proof, out: fx.Node, sees: fx.Node, v: fx.Node, group: int, words: str
+) -> fx.Node:
     """A softmax of one number for every key, those of the future too, weighs all values alike."""
     fills = proof.pieces.fills
     if len(fills) > 1 or proof.pieces.additive:
         number = min(x for x in fills if x > -math.inf)
         raise NotUnderstood(
             f"hidden scores are {number:g}, which is not the same as -inf where a query sees no key: show each query "
-            "its own block in the mask, or fill with -inf"
+            f"its own block in the mask, or fill with -inf{words}"
         )
     if group > 1:
         sees = b.make(torch.repeat_interleave, sees, group, 2)

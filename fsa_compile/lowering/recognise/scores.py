@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from .evaluate import Evaluator, NotUnderstood
+from .evaluate import Evaluator, NotUnderstood, is_widening
 from .index import Poly, Var
 from .terms import Apply, At, Const, Int, Reduce, Softmax, Term, all_of, free, is_low, replaced
 
-__all__ = ["Pieces", "of_call", "of_term"]
+__all__ = ["Pieces", "Scores", "factor", "of_call", "of_term"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def of_call(
         ev.operand_of_product(k, ev.aligned(k, (*keys, Poly.of(inner)))),
         ev.operand_of_product(v, ev.aligned(v, (*keys, Poly.of(feature)))),
     )
-    (q_at, by_q), (k_at, by_k), (v_at, by_v) = map(_factor, terms)
+    (q_at, by_q), (k_at, by_k), (v_at, by_v) = map(factor, terms)
     if by_v != 1:
         raise NotUnderstood("its values are scaled")
     element = ev.value(mask, ev.aligned(mask, (*batch, Poly.of(axes[-1]), Poly.of(key))))
@@ -66,9 +66,9 @@ def of_call(
     size = shape_q[-1].constant
     if scale is None and size is None:
         raise NotUnderstood("its head_dim is not a constant")
-    factor = scale if scale is not None else size**-0.5  # type: ignore[operator]
+    by_size = scale if scale is not None else size**-0.5  # type: ignore[operator]
     return Pieces(
-        (*axes, feature), feature, key, inner, q_at, k_at, v_at, factor * by_q * by_k, visible, False, not is_bool,
+        (*axes, feature), feature, key, inner, q_at, k_at, v_at, by_size * by_q * by_k, visible, False, not is_bool,
         frozenset(fills),
     )  # fmt: skip
 
@@ -91,11 +91,13 @@ def of_term(ev: Evaluator, out: fx.Node) -> Pieces:
         raise NotUnderstood("the probabilities are changed between the softmax and the product with the values")
     if softmax.at != Poly.of(key):
         raise NotUnderstood("the softmax is not over the keys")
-    v, by_v = _factor(value)
+    v, by_v = factor(value)
     if by_v != 1:
         raise NotUnderstood("its values are scaled")
-    found = _Scores(replaced(softmax.body, {softmax.var: Poly.of(key)}))
-    (q, by_q), (k, by_k) = map(_factor, found.operands)
+    found = Scores(replaced(softmax.body, {softmax.var: Poly.of(key)}))
+    if not found.fills:
+        raise NotUnderstood("no mask hides a key: dense attention")
+    (q, by_q), (k, by_k) = map(factor, found.operands)
     if key in free(q):
         q, k = k, q
     if key in free(q) or key not in free(k):
@@ -116,14 +118,14 @@ def _softmax_of(x: Term) -> Softmax | None:
     return x if isinstance(x, Softmax) else None
 
 
-def _factor(x: Term) -> tuple[At, float]:
+def factor(x: Term) -> tuple[At, float]:
     """An operand and the constant that it is multiplied by. A cast is looked through if it loses nothing."""
     by = 1.0
     while isinstance(x, Apply):
         if x.name == "mul":
             by *= x.args[1].value
             x = x.args[0]
-        elif x.name == "cast" and _is_widening(x.args[1], x.args[2]):
+        elif x.name == "cast" and is_widening(x.args[1], x.args[2]):
             x = x.args[0]
         else:
             break
@@ -132,11 +134,7 @@ def _factor(x: Term) -> tuple[At, float]:
     return x, by
 
 
-def _is_widening(old: torch.dtype, new: torch.dtype) -> bool:
-    return torch.promote_types(old, new) == new
-
-
-class _Scores:
+class Scores:
     """What a softmax is taken of: a product of q and k, times constants, with keys hidden by -inf or what is as low."""
 
     def __init__(self, x: Term) -> None:
@@ -147,7 +145,7 @@ class _Scores:
         narrowed = False
         while True:
             if isinstance(x, Apply) and x.name == "cast":
-                narrowed |= not _is_widening(x.args[1], x.args[2])
+                narrowed |= not is_widening(x.args[1], x.args[2])
                 x = x.args[0]
             elif isinstance(x, Apply) and x.name == "mul":
                 if not x.args[1].value > 0:
@@ -175,8 +173,6 @@ class _Scores:
         self.inner = x.var
         self.operands = x.body.args
         self.visible = all_of(*masks)
-        if not masks:
-            raise NotUnderstood("no mask hides a key: dense attention")
 
 
 def _holds_product(x: Any) -> bool:

@@ -16,7 +16,8 @@ from .index import Poly, Var, is_nonneg, substitute, variables
 
 __all__ = [
     "And", "Apply", "At", "Const", "Equal", "Exists", "Int", "NonNeg", "Not", "Or", "Reduce", "Softmax", "Term",
-    "all_of", "any_of", "apply", "compare", "equal", "exists", "free", "negate", "nonneg", "replaced", "where",
+    "all_of", "any_of", "apply", "compare", "equal", "exists", "free", "negate", "nonneg", "reduced", "replaced",
+    "where",
 ]  # fmt: skip
 
 
@@ -139,6 +140,9 @@ def equal(a: Term, b: Term) -> Term:
             return FALSE
     elif isinstance(a, Int):
         a, b = b, a
+    if isinstance(a, Apply) and a.name == "where" and isinstance(b, Int) and {type(x) for x in a.args[1:]} == {Int}:
+        condition, left, right = a.args
+        return any_of(all_of(condition, equal(left, b)), all_of(negate(condition), equal(right, b)))
     return Equal(a, b)
 
 
@@ -201,6 +205,10 @@ def exists(var: Var, body: Term) -> Term:
             if solved is not None:
                 inside = replaced(body, {var: solved})
                 return all_of(nonneg(solved), nonneg(var.size - 1 - solved), inside)
+    if isinstance(body, NonNeg):
+        slope = dict(body.poly.terms).get((var,), 0)
+        if slope and var not in variables(body.poly - Poly.of(var) * slope):  # it is enough to look at one end
+            return nonneg(substitute(body.poly, {var: var.size - 1 if slope > 0 else Poly.of(0)}))
     return Exists(var, body)
 
 
@@ -277,6 +285,11 @@ def where(condition: Term, a: Term, b: Term) -> Term:
     return Apply("where", (condition, a, b))
 
 
+def reduced(kind: str, var: Var, body: Term) -> Term:
+    """Sum or maximum over `var`."""
+    return body if kind == "max" and var not in free(body) else Reduce(kind, var, body)
+
+
 def apply(name: str, *args: Any) -> Term:
     """A function that has no rule of its own."""
     return Apply(name, args)
@@ -333,7 +346,7 @@ def replaced(x: Any, values: Mapping[Var, Poly]) -> Any:
     if isinstance(x, Exists):
         return exists(x.var, replaced(x.body, values))
     if isinstance(x, Reduce):
-        return Reduce(x.kind, x.var, replaced(x.body, values))
+        return reduced(x.kind, x.var, replaced(x.body, values))
     if isinstance(x, Softmax):
         return Softmax(x.var, replaced(x.body, values), substitute(x.at, values))
     assert isinstance(x, Apply)
