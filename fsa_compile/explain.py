@@ -307,9 +307,13 @@ def _report(e: Explanation) -> Iterator[str]:
         alike = _alike(nsa)
         yield ""
         orders = [order for order in cost.LOOP_ORDERS if any(order in s.costs for s in nsa)]
-        head = (*_WORDS, *(f"{order} predicted" for order in orders), "speed-up")
+        head = (*_WORDS, *orders, "speed-up")
         yield from _table([head, *(_row(i, s, n, orders) for i, (s, n) in enumerate(alike, 1))])
-        yield "  Predicted is the time of the selected branch."
+        yield (
+            f"  Under {', '.join(orders)}: predicted times of the selected branch in these loop orders."
+            if orders
+            else ""
+        )
         yield ""
         yield "Why"
         yield from _numbered(s.reason for s, _ in alike)

@@ -55,17 +55,18 @@ def test_the_footprint_of_partials_has_no_penalty() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"backward": True}, {"training": True}])
-def test_small_groups_take_fsa_and_large_ones_nsa(options: dict[str, bool]) -> None:
+def test_small_groups_take_fsa_and_large_ones_do_not(options: dict[str, bool]) -> None:
     orders = [choose(at(gqa_group_size=g), H200, **options).order for g in (1, 2, 4, 8, 16, 32, 64)]
-    flips = [i for i in range(1, 7) if orders[i] != orders[i - 1]]
+    flips = [i for i in range(1, 7) if (orders[i] == "fsa") != (orders[i - 1] == "fsa")]
     assert (orders[0], orders[3], len(flips) <= 1) == ("fsa", "fsa", True)
     if "backward" not in options:  # where at G = 32 they were measured within 3 % of each other
-        assert orders[5] == orders[6] == "nsa"
+        assert "fsa" not in orders[5:]
 
 
 def test_groups_just_above_the_query_tile_pay_for_its_padding() -> None:
     # 33 heads are padded to 64 in the query-outer kernels.
-    assert [choose(at(gqa_group_size=g), H200).order for g in (32, 33, 64)] == ["nsa", "fsa", "nsa"]
+    cheaper = [min(("fsa", "nsa"), key=choose(at(gqa_group_size=g), H200).costs.__getitem__) for g in (32, 33, 64)]
+    assert cheaper == ["nsa", "fsa", "nsa"]
 
 
 def test_cpu_constants_reproduce_the_aten_probe_within_30_percent() -> None:
@@ -100,22 +101,23 @@ def test_decoding_takes_the_order_without_lists() -> None:
     assert choose(at(seq_len=1, seq_len_k=65536), H200).order == "nsa"
 
 
-def test_what_depends_on_the_selection_is_taken_on_request_only() -> None:
-    for group in (1, 4, 16, 64):
-        for seq_len in (1024, 65536):
-            assert "tile" not in choose(at(gqa_group_size=group, seq_len=seq_len), H200).costs
-    choice = choose(BENCH, H200, "tile")
-    assert (choice.order, set(choice.costs)) == ("tile", set(cost.LOOP_ORDERS))
+@pytest.mark.parametrize("device", ["H100", "H200"])
+def test_short_sequences_take_query_tiles(device: str) -> None:
+    """Of a few dozen blocks, neighbours select many in common whatever they select."""
+    for group in (4, 8, 16):
+        assert choose(at(gqa_group_size=group, seq_len=2048), DEVICES[device]).order == "tile"
+        assert choose(at(gqa_group_size=min(group, 8)), DEVICES[device]).order == "fsa"
 
 
-@pytest.mark.parametrize("order", ["fsa", "nsa"])
-def test_loop_order_overrides_the_model_and_still_shows_both_costs(order: str) -> None:
+@pytest.mark.parametrize("order", list(cost.LOOP_ORDERS))
+def test_loop_order_overrides_the_model_and_still_shows_all_costs(order: str) -> None:
     for group in (1, 16):
         forced, free = choose(at(gqa_group_size=group), H200, order), choose(at(gqa_group_size=group), H200)
         assert forced.order == order
         assert forced.costs == free.costs
         assert f'loop_order="{order}" was asked for' in forced.reason
-        assert forced.speedup == pytest.approx(free.speedup if free.order == order else 1 / free.speedup)
+        others = min(seconds for name, seconds in free.costs.items() if name != order)
+        assert forced.speedup == pytest.approx(others / free.costs[order])
 
 
 @pytest.mark.parametrize("asked", ["auto", *cost.LOOP_ORDERS])
@@ -138,12 +140,12 @@ def test_reason_is_one_sentence_with_both_times_and_the_sizes_that_decide() -> N
 
 def test_an_order_that_would_not_fit_in_memory_is_not_chosen() -> None:
     problem = at(seq_len=1 << 20, gqa_group_size=4)
-    roomy = choose(problem, replace(H200, memory=1e15))
-    choice = choose(problem, H200)
-    assert (roomy.order, choice.order) == ("fsa", "nsa")
+    small = replace(H200, memory=6e9)
+    choice = choose(problem, small)
+    assert (choose(problem, H200).order, choice.order == "fsa") == ("fsa", False)
     assert "GB of temporaries" in choice.reason
-    assert choose(problem, H200, "fsa").order == "fsa"  # asked for: the caller knows best
-    assert scratch_bytes(problem, "fsa") > (1 << 20) * 4 * 16 * 4 * 128 * 2
+    assert choose(problem, small, "fsa").order == "fsa"  # asked for: the caller knows best
+    assert 3e9 < scratch_bytes(problem, "fsa") < (1 << 20) * 4 * 16 * 4 * 128 * 2 / 4  # a workspace, not all partials
     assert scratch_bytes(problem, "nsa") == 0
     assert scratch_bytes(problem, "nsa", training=True) > 0
 
@@ -211,7 +213,7 @@ def test_costs_are_finite_and_the_order_is_the_cheapest_that_fits(
     problem: Problem, device: Device, stage: dict[str, bool]
 ) -> None:
     choice = choose(problem, device, **stage)
-    assert set(choice.costs) == {"fsa", "nsa"}
+    assert set(choice.costs) == set(cost.LOOP_ORDERS)
     assert all(math.isfinite(c) and c > 0 for c in choice.costs.values())
     if device.kind == "cpu":
         assert choice.order == "fsa"
@@ -219,7 +221,7 @@ def test_costs_are_finite_and_the_order_is_the_cheapest_that_fits(
         assert choice.costs[choice.order] == min(choice.costs.values())
         assert choice.speedup >= 1
     else:
-        assert choice.costs[choice.order] == max(choice.costs.values())
+        assert choice.costs[choice.order] > min(choice.costs.values())
 
 
 @given(problem=_sizes, device=_devices, order=st.sampled_from(list(cost.LOOP_ORDERS)), stage=_stages)

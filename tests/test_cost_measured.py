@@ -1,4 +1,4 @@
-"""The cost model against this package's own kernels, as measured on an H200."""
+"""The cost model against this package's own kernels, as measured on an H200 and an H100."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fsa_compile.calibrate import report
 from fsa_compile.cost import DEVICES, Choice, Problem, breakdown, choose
 
 H200 = DEVICES["H200"]
@@ -67,14 +68,15 @@ def measured(case: tuple[str, int, int, int]) -> list[tuple[Choice, dict[str, fl
 def test_the_order_chosen_is_the_fastest_measured_or_close_to_it(case: tuple[str, int, int, int]) -> None:
     allowed = 1.05 if case[2] >= 4096 else 1.25
     for choice, ms in measured(case):
-        assert ms[choice.order] <= allowed * min(ms.values()), (choice, ms)
+        chosen = min(ms, key=choice.costs.__getitem__)  # of those that were measured
+        assert ms[chosen] <= allowed * min(ms.values()), (choice, ms)
 
 
 @pytest.mark.parametrize("case", LONG)
 def test_predicts_the_measured_time_within_25_percent(case: tuple[str, int, int, int]) -> None:
     for choice, ms in measured(case):
-        for order, seconds in choice.costs.items():
-            assert seconds * 1e3 == pytest.approx(ms[order], rel=0.25), order
+        for order in ms:
+            assert choice.costs[order] * 1e3 == pytest.approx(ms[order], rel=0.25), order
 
 
 def test_predictions_of_long_sequences_are_unbiased_by_more_than_10_percent() -> None:
@@ -105,3 +107,14 @@ def test_predicts_every_pass_within_40_percent(kernel: tuple[str, str, str]) -> 
         passes = breakdown(sizes(group), H200, order)
         (predicted,) = (p.seconds * 1e3 for p in passes if (p.direction, p.name) == (direction, name))
         assert predicted == pytest.approx(ms, rel=0.40)
+
+
+def test_choices_on_the_h100_are_close_to_the_best_of_all_orders() -> None:
+    """Of `python -m fsa_compile.calibrate --save`, the half of the shapes that the constants were not fitted to."""
+    times, _ = report.read(RESULTS / "calibration_h100.csv")
+    found = report.judge(DEVICES["H100"], [m for m in times if m.held_out])
+    slower = sorted(judgement.slower for judgement in found)
+    assert len(found) == 72
+    assert sum(slower) / len(slower) < 0.015
+    assert sum(s > 0.05 for s in slower) <= 6
+    assert slower[-1] < 0.25

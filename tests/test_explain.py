@@ -102,7 +102,7 @@ def test_backward_is_counted_only_where_one_will_follow(x: Tensor) -> None:
 
 def test_cuda_site_is_matched_with_the_lowerings_choice(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice_module, "device_of", lambda tensor: cost.DEVICES["H200"])
-    for group, order in ((1, "fsa"), (32, "nsa")):
+    for group, order in ((1, "fsa"), (32, "tile")):
         arguments = cuda_arguments(group)
         (site,) = explain(selected, *arguments).sites
         problem = cost.Problem(1, 65536, 65536, 4, group, 128, 128, 64, 16, 2)
@@ -378,7 +378,7 @@ def test_report_is_readable(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) ->
     assert text.startswith("fsa_compile: 1 NSA site, 1 lowered to kernels; 1 graph, 0 graph breaks\n")
     (row,) = (line for line in text.splitlines() if "fsa::selected_attention" in line)
     choice = cost.choose(cost.Problem(1, 65536, 65536, 4, 4, 128, 128, 64, 16, 2), cost.DEVICES["H200"])
-    times = [cost.format_seconds(choice.costs[order]) for order in ("fsa", "nsa")]
+    times = [cost.format_seconds(choice.costs[order]) for order in cost.LOOP_ORDERS]
     place = row.split("fsa::")[0].split()
     assert place[0] == "1"
     assert place[1].endswith(SELECTED.rsplit("/", 1)[-1])

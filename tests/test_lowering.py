@@ -122,24 +122,31 @@ def _assert_no_size_is_fixed(harness: Harness) -> None:
             assert guard.expr.subs(dict.fromkeys(guard.expr.free_symbols, length)) == sympy.true, guard.expr
 
 
-@pytest.mark.parametrize("group", [1, 16])
-def test_auto_emits_the_order_that_the_cost_model_chooses(group: int) -> None:
+@pytest.mark.parametrize(("seq_len", "group"), [(65536, 1), (2048, 16), (1024, 1)])
+def test_auto_emits_the_order_that_the_cost_model_chooses(seq_len: int, group: int) -> None:
     harness = Harness()
-    tensors = fakes(harness, seq_len=65536, group=group, dim=128)
+    tensors = fakes(harness, seq_len=seq_len, group=group, dim=128)
     with lowering.collect_sites() as sites:
         code = harness.emit(gated("auto"), *tensors)
-    problem = cost.Problem(1, 65536, 65536, 2, group, 128, 128, 64, 16, 2)
+    problem = cost.Problem(1, seq_len, seq_len, 2, group, 128, 128, 64, 16, 2)
     choice = cost.choose(problem, cost.DEVICES["H200"])
     assert templates_of(code) == FORWARD_TEMPLATES[choice.order]
     assert [(s.matched, s.loop_order, s.costs) for s in sites] == [(True, choice.order, choice.costs)]
 
 
+def test_a_long_call_is_cut_in_parts_that_share_a_workspace() -> None:
+    """Four parts of half a group each: views of q, the same lists for both halves, one buffer of partials."""
+    harness = Harness()
+    code = harness.emit(gated("fsa"), *fakes(harness, seq_len=65536, group=16, dim=128))
+    call = code[code.index("def call(") :]
+    assert call.count("torch.ops.fsa._block_lists.default(") == 2
+    assert len(re.findall(r"empty_strided_cuda\(\(8388608, 128\)", call)) == 1  # 2 GiB
+    assert templates_of(code).count("fwd_kv_outer") == 4  # each reads q, k and v from elsewhere
+
+
 def test_auto_takes_each_order_somewhere() -> None:
-    orders = set()
-    for group in (1, 4, 16, 64):
-        problem = cost.Problem(1, 65536, 65536, 2, group, 128, 128, 64, 16, 2)
-        orders.add(cost.choose(problem, cost.DEVICES["H200"]).order)
-    assert orders == {"fsa", "nsa"}
+    problems = (cost.Problem(1, t, k, 2, 4, 128, 128, 64, 16, 2) for t, k in ((65536, 65536), (2048, 2048), (1, 65536)))
+    assert {cost.choose(problem, cost.DEVICES["H200"]).order for problem in problems} == set(cost.LOOP_ORDERS)
 
 
 @pytest.mark.parametrize("order", ORDERS)

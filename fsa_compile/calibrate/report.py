@@ -28,19 +28,13 @@ class Judgement:
 
     @property
     def best(self) -> str:
-        """The fastest of the orders that "auto" may take."""
-        return min((order for order in self.times if not cost.ORDERS[order].on_request), key=self.times.__getitem__)
+        """The fastest order."""
+        return min(self.times, key=self.times.__getitem__)
 
     @property
     def slower(self) -> float:
         """By what share the order chosen takes longer than the best."""
         return self.times[self.chosen] / self.times[self.best] - 1
-
-    @property
-    def unused(self) -> str:
-        """An order that is for request only and was faster than all others; empty if there is none."""
-        fastest = min(self.times, key=self.times.__getitem__)
-        return fastest if cost.ORDERS[fastest].on_request else ""
 
 
 def judge(device: cost.Device, measured: Sequence[Measurement]) -> list[Judgement]:
@@ -58,7 +52,7 @@ def judge(device: cost.Device, measured: Sequence[Measurement]) -> list[Judgemen
         for stage, by_order in stages.items():
             how = {} if stage == "forward" else {stage: True}
             chosen = cost.choose(problem, device, **how).order  # type: ignore[arg-type]
-            if chosen in by_order and sum(not cost.ORDERS[o].on_request for o in by_order) > 1:
+            if chosen in by_order and len(by_order) > 1:
                 found.append(Judgement(problem, stage, chosen, by_order))
     return found
 
@@ -82,14 +76,11 @@ def summary(device: cost.Device, measured: Sequence[Measurement]) -> str:
         shape = f"T={p.seq_len} G={p.gqa_group_size} D={p.head_dim} {p.block_size}x{p.num_selected}"
         times = (f"{j.times[o] * 1e3:>10.3f}" if o in j.times else f"{'-':>10}" for o in orders)
         lines.append(f"{shape:<34}{j.stage:<10}{j.chosen:>7}{j.slower:>8.1%}{''.join(times)}")
-    slow, unused = [j for j in found if j.slower > TOLERANCE], [j for j in found if j.unused]
+    slow = [j for j in found if j.slower > TOLERANCE]
     rms = deviation(device, measured)
     worst = max(found, key=lambda j: j.slower)
     lines.append(f"choices: {len(found)}, more than {TOLERANCE:.0%} slower than the best order: {len(slow)}, worst")
     lines[-1] += f" {worst.slower:.1%}; predictions are off by {math.expm1(rms):.0%} (root mean square)"
-    if unused:
-        names = " and ".join(sorted({repr(j.unused) for j in unused}))
-        lines.append(f'{names}, for request only, was faster than what "auto" may take in {len(unused)} of them')
     return "\n".join(lines)
 
 

@@ -197,7 +197,7 @@ def choose(
     from .orders import ORDERS
 
     seconds, scratch = _evaluated(problem, device, stage)
-    costs = {order: seconds[order] for order in ORDERS if order == loop_order or not ORDERS[order].on_request}
+    costs = {order: seconds[order] for order in ORDERS}
     scope = "forward + backward" if training else stage
 
     def versus(order: str) -> str:

@@ -22,8 +22,8 @@ EFFICIENCY: dict[str, float] = {
     "KV-outer partials": 0.30,
     "KV-outer dk dv": 0.392,
     "KV-outer dq dk dv": 0.264,
-    "query-tile": 0.40,
-    "query-tile dq": 0.40,
+    "query-tile": 0.354,
+    "query-tile dq": 0.434,
 }
 
 
@@ -78,12 +78,13 @@ DEVICES: dict[str, Device] = {
         "H100",
         flops=989 * _TERA,
         flops_fp32=67 * _TERA,
-        dram_bandwidth=3.16 * _TERA,
-        l2_bandwidth=8.03 * _TERA,
-        sort_rate=10.5 * _GIGA,
+        dram_bandwidth=2.81 * _TERA,
+        l2_bandwidth=8.28 * _TERA,
+        sort_rate=22.9 * _GIGA,
+        launch_overhead=5.7e-06,
         num_sms=132,
         memory=80 * _GIGA,
-        efficiency=(0.173, 0.181, 0.279, 0.392, 0.232, 0.392, 0.487),
+        efficiency=(0.186, 0.187, 0.304, 0.44, 0.225, 0.354, 0.434),
     ),
     "A100": _gpu(
         "A100",

@@ -24,7 +24,6 @@ class Order:
     backward: tuple[Pass, ...]
     forward_scratch: Expr
     backward_scratch: Expr
-    on_request: bool = False  # "auto" leaves it alone
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
         """Of one of ``STAGES``. What forward and backward have in common, the lists, a training step makes once."""
@@ -187,7 +186,5 @@ ORDERS: dict[str, Order] = {
         ),
         forward_scratch=12 * _tiles * N_t * S,
         backward_scratch=_SORTED + _dkv_tiles + 12 * _tiles * N_t * S,
-        # What it takes goes with how neighbours agree, which the sizes do not tell.
-        on_request=True,
     ),
 }

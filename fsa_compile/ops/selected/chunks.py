@@ -17,7 +17,7 @@ from ...tiling import WORKSPACE
 from ..problem import size_hint
 from ..rules import Runs
 
-__all__ = ["Chunk", "chunks", "joined"]
+__all__ = ["Chunk", "chunks", "dense", "joined"]
 
 
 class Chunk(NamedTuple):
@@ -65,7 +65,7 @@ def chunks(q: Tensor, k: Tensor, width: int, num_slots: int) -> list[list[list[C
     heads = _largest_divisor(num_kv_heads, WORKSPACE // (head * group)) if part == group else 1
     rows = max(1, WORKSPACE // (head * group * num_kv_heads)) if heads == num_kv_heads else 1
     whole = [slice(None)]
-    rows_at_once = [slice(i, i + rows) for i in range(0, batch, rows)] if fixed and rows < batch else whole
+    rows_at_once = [slice(i, min(i + rows, batch)) for i in range(0, batch, rows)] if fixed and rows < batch else whole
     return [
         [
             [Chunk(rows_, slice(h, h + heads), first, part) for first in range(0, group, part)]
@@ -75,11 +75,16 @@ def chunks(q: Tensor, k: Tensor, width: int, num_slots: int) -> list[list[list[C
     ]
 
 
+def dense(part: Tensor, whole: Tensor) -> Tensor:
+    """A part of ``whole`` as kernels want it that take no strides: a copy, unless it is all."""
+    return part if part is whole else part.clone(memory_format=torch.contiguous_format)
+
+
 def _cut(x: Tensor, dim: int, part: slice) -> Tensor:
     """A view of a part of an axis; the tensor itself where that is all of it."""
     if part == slice(None) or (part.start == 0 and part.stop == x.shape[dim]):
         return x
-    return x[(slice(None),) * dim + (part,)]
+    return x.narrow(dim, part.start, part.stop - part.start)
 
 
 def joined(parts: Sequence[Sequence[Sequence[tuple[Tensor, ...]]]]) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from ..options import Layout, Selected
 from ..rules import Rule, Runs, kernel_runs, register
 from . import block_lists as _block_lists  # noqa: F401  registers the operator
 from .choice import choose
-from .chunks import Chunk, chunks, joined
+from .chunks import Chunk, chunks, dense, joined
 
 _ops = torch.ops.fsa
 
@@ -46,7 +46,7 @@ def _kv_outer_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     def part(chunk: Chunk) -> tuple[Tensor, ...]:
-        blocks = chunk.of_kv_heads(block_indices).contiguous()
+        blocks = dense(chunk.of_kv_heads(block_indices), block_indices)
         qkv = (chunk.of_query_heads(q, group), chunk.of_kv_heads(k), chunk.of_kv_heads(v))
         where = chunk.of_runs(runs)
         lists = _ops._block_lists(blocks, *where, seq_len_k=k.shape[1], block_size=sizes["block_size"])
@@ -112,14 +112,15 @@ def _kv_outer_backward(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, A
     def part(heads: list[Chunk]) -> tuple[list[tuple[Tensor]], tuple[Tensor, ...]]:
         """dq of each of the parts of a group, and dk and dv, which are sums over all of it."""
         where = heads[0].of_runs(runs)
-        keys, values, blocks = (heads[0].of_kv_heads(x) for x in (k, v, block_indices))
-        blocks = blocks.contiguous()
+        keys, values = heads[0].of_kv_heads(k), heads[0].of_kv_heads(v)
+        blocks = dense(heads[0].of_kv_heads(block_indices), block_indices)
         lists = _ops._block_lists(blocks, *where, **blocks_of)
         dq: list[tuple[Tensor]] = []
         sums: list[Tensor] = []
         for chunk in heads:
-            grads, queries, *rows = (chunk.of_query_heads(x, group) for x in (grad_out, q, *statistics))
-            given = (grads, queries, keys, values, blocks, *(x.contiguous() for x in rows))
+            grads, queries = (chunk.of_query_heads(x, group) for x in (grad_out, q))
+            rows = (dense(chunk.of_query_heads(x, group), x) for x in statistics)
+            given = (grads, queries, keys, values, blocks, *rows)
             *tiles, partials = _ops._selected_bwd_kv_outer(*given, *lists, *where, **sizes, with_dq=True)
             dq.append((_ops._sum_partials(partials, blocks, *where, **blocks_of),))
             del partials  # the next take their place
