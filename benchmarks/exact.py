@@ -21,13 +21,18 @@ def means(x: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, visible: Tensor) -> Tensor:
     """`visible` broadcasts to [rows, HK, 1, keys]; a row that sees nothing gives 0."""
-    return (probabilities(q, k, rows, visible) @ v[0].transpose(0, 1)[None]).flatten(1, 2)[None]
+    return _by_head(probabilities(q, k, rows, visible), v[0].transpose(0, 1)).flatten(1, 2)[None]
+
+
+def _by_head(x: Tensor, y: Tensor) -> Tensor:
+    """[rows, HK, G, I] times [HK, I, J]: one product a head, which copies `y` for no row (a GB of each at 128K)."""
+    return (x.transpose(0, 1).flatten(1, 2) @ y).unflatten(1, x.shape[::2]).transpose(0, 1)
 
 
 def probabilities(q: Tensor, k: Tensor, rows: Tensor, visible: Tensor) -> Tensor:
     """[rows, HK, G, keys]."""
     group = q[0, rows].unflatten(1, (k.shape[2], -1))  # [rows, HK, G, D]
-    logits = group @ k[0].permute(1, 2, 0)[None] * q.shape[3] ** -0.5
+    logits = _by_head(group, k[0].permute(1, 2, 0)) * q.shape[3] ** -0.5
     seen = visible.any(-1, keepdim=True)
     return torch.where(seen, logits.masked_fill(~visible & seen, -torch.inf).softmax(-1), 0)
 

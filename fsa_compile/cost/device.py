@@ -54,8 +54,8 @@ def _gpu(name: str, **values: Any) -> Device:
 #   S=16, T = 1K to 128K, G = 1 to 32; tests/test_cost_measured.py, docs/cost-model.md). dram_bandwidth is 78 % of
 #   4.8 TB/s: KV-outer partials and merge. l2_bandwidth is 54 % of 132 SMs x 64 B/clk x 1.785 GHz. launch_overhead is
 #   a compromise: eager calls below T = 2K were bound by the host, at 23 us a launch; a CUDA graph hides most of that.
-# H100: the H200's, pulled to eight times of one H100 at T = 64K, G = 4 (benchmarks/results/selected_h100.csv), which
-#   it predicts within 4 %. dram_bandwidth is near the data sheet's as part of the gathered q rows is found in the L2.
+#   Query tiles were not timed there: their shares are the H100's.
+# H100: a calibration of one (torch 2.11, triton 3.6; benchmarks/results/calibration_h100.csv), GPU's time alone.
 # Others: data sheet x the fractions that the H200 reached, sorts as DRAM. Not measured.
 #   A100-80GB: 108 SMs x 64 B/clk x 1.41 GHz of L2, 2.04 TB/s. B200: 148 SMs x 64 B/clk x 1.85 GHz, 8 TB/s.
 #   MI300X: K/V come from the 17 TB/s Infinity Cache, 5.3 TB/s of HBM.
