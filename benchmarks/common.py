@@ -18,8 +18,8 @@ import torch
 import triton
 
 import fsa_compile
+from fsa_compile.testing.timing import seconds_of
 
-_HEAD_START = 4_000_000  # cycles that the GPU waits before a run, some two milliseconds
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -102,9 +102,9 @@ def timings(
             break
         for name, run in variants.items():
             arguments = (prepare[name](),) if name in prepare else ()
-            milliseconds = _once(run, arguments, device)
+            seconds_taken = seconds_of(functools.partial(run, *arguments), device)
             if i >= 0:
-                times[name].append(milliseconds)
+                times[name].append(seconds_taken * 1e3)
     return {name: Times.of(values) for name, values in times.items()}
 
 
@@ -114,18 +114,3 @@ def measure(
     """The medians of `timings`."""
     found = timings(variants, rounds=rounds, warmup=warmup, device=device)
     return {name: times.p50 for name, times in found.items()}
-
-
-def _once(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run(*arguments)
-        return (time.perf_counter() - start) * 1e3
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(_HEAD_START)
-    begin.record()
-    run(*arguments)
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,9 @@ from torch import Tensor
 
 import fsa_compile
 from benchmarks.common import RESULTS, Times, write_csv
+from fsa_compile.testing.timing import seconds_of
 
+CPU = torch.device("cpu")
 LENGTHS = (4096, 16384, 65536)
 SETTING = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64, "dtype": "float32"}
 
@@ -35,12 +36,6 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     group_size = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group_size, 2).transpose(1, 2) for x in (k, v))
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
-
-
-def seconds(fn: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start
 
 
 def measure(seq_len: int, backward: bool, rounds: int) -> tuple[list[float], list[float]]:
@@ -56,7 +51,7 @@ def measure(seq_len: int, backward: bool, rounds: int) -> tuple[list[float], lis
         return lambda: torch.autograd.grad(fn(*args), leaves, grad) if backward else fn(*args)
 
     variants = once(dense, q, k, v), once(fsa_compile.nsa_attention, q, k, v, *gates)
-    times = [[seconds(fn) for fn in variants] for _ in range(rounds)]
+    times = [[seconds_of(fn, CPU) for fn in variants] for _ in range(rounds)]
     of_dense, of_nsa = map(list, zip(*times[rounds > 1 :], strict=True))
     return of_dense, of_nsa
 

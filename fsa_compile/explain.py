@@ -309,11 +309,8 @@ def _report(e: Explanation) -> Iterator[str]:
         orders = [order for order in cost.LOOP_ORDERS if any(order in s.costs for s in nsa)]
         head = (*_WORDS, *orders, "speed-up")
         yield from _table([head, *(_row(i, s, n, orders) for i, (s, n) in enumerate(alike, 1))])
-        yield (
-            f"  Under {', '.join(orders)}: predicted times of the selected branch in these loop orders."
-            if orders
-            else ""
-        )
+        if orders:
+            yield f"  Under {', '.join(orders)}: predicted times of the selected branch in these loop orders."
         yield ""
         yield "Why"
         yield from _numbered(s.reason for s, _ in alike)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy
 import pytest
 import torch
-import triton
+from kernel_runs import DEVICE, DTYPES, INTERPRETED, kernels
 from torch import Tensor
 
 from fsa_compile.ops import reference
@@ -19,10 +19,6 @@ from fsa_compile.templates.banded import BANDED_BWD_DKV, BANDED_BWD_DQ, BANDED_F
 from fsa_compile.testing.budget import Budget
 from fsa_compile.testing.compile_only import SHARED_MEMORY, compile_record, device_of
 
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-kernels = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
 NAN = float("nan")
 
 

@@ -23,6 +23,7 @@ from fsa_compile.calibrate.fit import fit, predicted, residuals
 from fsa_compile.calibrate.grid import CELLS, Cell, Measurement
 from fsa_compile.cost import calibration
 from fsa_compile.lowering.install import PASS, PRE_GRAD_PASS
+from fsa_compile.testing.timing import seconds_of
 
 NAME = "NVIDIA H200"
 H200 = cost.DEVICES["H200"]
@@ -357,7 +358,7 @@ def test_a_gpu_is_timed_by_its_own_clock_behind_a_head_start(monkeypatch: pytest
     for name in ("synchronize", "_sleep"):
         monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: log.append(name))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert timing._once(lambda: log.append("run"), torch.device("cuda", 0)) == pytest.approx(3e-3)
+    assert seconds_of(lambda: log.append("run"), torch.device("cuda", 0)) == pytest.approx(3e-3)
     assert log == ["synchronize", "_sleep", "record", "run", "record", "synchronize"]
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from kernel_runs import DEVICE, DTYPES, INTERPRETED, kernels
 from torch import Tensor
 
 from fsa_compile.ops import reference
@@ -18,11 +18,6 @@ from fsa_compile.testing.budget import Budget
 from fsa_compile.testing.compile_only import TARGETS, compile_record, device_of
 from fsa_compile.testing.inputs import cumulative
 from fsa_compile.tiling import Config, Device
-
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-kernels = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
 
 # Shrinking takes minutes in the interpreter.
 PHASES = (Phase.explicit, Phase.generate) if INTERPRETED else tuple(Phase)

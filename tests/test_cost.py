@@ -140,12 +140,12 @@ def test_reason_is_one_sentence_with_both_times_and_the_sizes_that_decide() -> N
 
 def test_an_order_that_would_not_fit_in_memory_is_not_chosen() -> None:
     problem = at(seq_len=1 << 20, gqa_group_size=4)
-    small = replace(H200, memory=6e9)
+    small = replace(H200, memory=4e9)
     choice = choose(problem, small)
     assert (choose(problem, H200).order, choice.order == "fsa") == ("fsa", False)
     assert "GB of temporaries" in choice.reason
     assert choose(problem, small, "fsa").order == "fsa"  # asked for: the caller knows best
-    assert 3e9 < scratch_bytes(problem, "fsa") < (1 << 20) * 4 * 16 * 4 * 128 * 2 / 4  # a workspace, not all partials
+    assert 2**31 < scratch_bytes(problem, "fsa") < 1.2 * 2**31  # a workspace and what goes with it, not all partials
     assert scratch_bytes(problem, "nsa") == 0
     assert scratch_bytes(problem, "nsa", training=True) > 0
 

@@ -16,7 +16,9 @@ TESTS = Path(__file__).parent
 PARTS = [
     ("test_kernels.py", "fsa"),
     pytest.param("test_kernels.py", "nsa", marks=pytest.mark.slow),
-    pytest.param("test_kernels.py", "not fsa and not nsa", marks=pytest.mark.slow),
+    ("test_kernels.py", "not fsa and not nsa"),
+    ("test_layout_kernels.py", "fsa or cut"),
+    pytest.param("test_layout_kernels.py", "not fsa and not cut", marks=pytest.mark.slow),
     pytest.param("test_banded_kernels.py", "", marks=pytest.mark.slow),
     ("test_compression_kernels.py", ""),
     ("test_selection_kernels.py", ""),

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy
 import pytest
 import torch
-import triton
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from layouts import PACKED, PADDED, S, agrees_with_reference, call_with, packed_layout, padded_layout, tensors
+from kernel_runs import DEVICE, DTYPES, INTERPRETED, kernels
+from selected_orders import ORDERS, in_order, one_order_of_summation  # noqa: F401
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fsa_compile import cost
 from fsa_compile.ops import options
 from fsa_compile.ops.options import Layout
-from fsa_compile.ops.selected import chunks, orders
+from fsa_compile.ops.selected import orders
 from fsa_compile.templates.attention_delta import ATTENTION_DELTA
 from fsa_compile.templates.selected import KERNELS
 from fsa_compile.testing.budget import Budget, draws, relative_error
@@ -35,63 +32,7 @@ from fsa_compile.testing.specs import Spec
 from fsa_compile.testing.strategies import specs
 from fsa_compile.tiling import ENTRIES_PER_TILE
 
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-ORDERS = tuple(cost.LOOP_ORDERS)
 EXAMPLES = settings(max_examples=3 if INTERPRETED else 40)
-
-kernels = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_order_of_summation() -> Iterator[None]:
-    """The interpreter's matrix product is a BLAS's, which rounds `q @ k.T` and `k @ q.T` differently.
-
-    A GPU does not, and the backward counts on it: at logits of 1e4 the last bit of a score is a thousandth of its
-    probability. Sums in float64, rounded once, do not depend on an order.
-    """
-    if not INTERPRETED:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        product = a.data.astype(numpy.float64) @ b.data.astype(numpy.float64)
-        return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-        yield
-
-
-class Selected(torch.autograd.Function):
-    """The implementations of `ops.selected.orders`, as the operators run them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: options.Selected, layout: Layout
-    ) -> Any:
-        ctx.options, ctx.layout = options, layout
-        out, shift, log_sum = orders.selected_attention_forward(q, k, v, block_indices, options, layout)
-        ctx.save_for_backward(q, k, v, block_indices, out, shift, log_sum)
-        ctx.set_materialize_grads(False)
-        return out, log_sum + options.scale * shift
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        args = (grad_out, grad_lse, *ctx.saved_tensors)
-        return *orders.selected_attention_backward(*args, ctx.options, ctx.layout), None, None, None
-
-
-def in_order(order: str) -> Any:
-    def fn(
-        q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int, scale: Any = None, **given: Any
-    ) -> Any:
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        return Selected.apply(q, k, v, block_indices, options.Selected(block_size, scale, order), Layout(**given))
-
-    return fn
 
 
 def check(order: str, spec: Spec, dtype: torch.dtype, seed: int = 0, large_logits: bool = False) -> None:
@@ -241,60 +182,6 @@ def test_what_is_not_finite_reaches_only_the_rows_that_see_it(order: str, value:
         assert torch.equal(clean[:, :first], other[:, :first])
     if of == "v" or value != value:  # an infinite key may have a weight of 0
         assert not spoiled[0][:, first:].isfinite().all(-1).any()
-
-
-def some(cases: tuple[Any, ...], *ids: str) -> list[Any]:
-    """All of the layouts on a GPU, some in the interpreter."""
-    return [case for case in cases if case.id in ids or not INTERPRETED]
-
-
-@kernels
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(
-    "seq_len,seq_len_k,bounds_q,bounds_k",
-    some(PACKED, "more_queries_than_keys", "heads_and_tails_of_two_lengths", "past_the_end", "nothing_but_a_head"),
-)
-def test_packed(order: str, seq_len: int, seq_len_k: int, bounds_q: Any, bounds_k: Any) -> None:
-    """Lengths in any relation, and rows before the first and after the last sequence."""
-    layout = packed_layout(bounds_q, bounds_k, DEVICE)
-    call = call_with("selected_attention", tensors(1, seq_len, seq_len_k, DEVICE), seq_len_k, **layout)
-    agrees_with_reference(call, in_order(order))
-
-
-@kernels
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("seq_len,seq_len_k,used,left", some(PADDED, "any", "both"))
-def test_padded(order: str, seq_len: int, seq_len_k: int, used: Any, left: Any) -> None:
-    """Rows before the first key see nothing."""
-    layout = padded_layout(used, left, DEVICE)
-    call = call_with("selected_attention", tensors(3, seq_len, seq_len_k, DEVICE), seq_len_k, **layout)
-    agrees_with_reference(call, in_order(order))
-
-
-@kernels
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize(("heads_at_once", "cut"), [(4, (2, 1, 1)), (2, (2, 2, 1)), (1, (2, 2, 2))])
-def test_cut_in_parts(
-    monkeypatch: pytest.MonkeyPatch, packed: bool, heads_at_once: int, cut: tuple[int, int, int]
-) -> None:
-    """A workspace of so many query heads: batch rows, key/value heads and the group take turns; results stay."""
-    rows, seq_len, capacity = (1, 43, 61) if packed else (2, 21, 40)
-    bounds = ((0, 20, 43), (0, 31, 61)) if packed else ((40, 33), (3, 11))
-    layout = (packed_layout if packed else padded_layout)(*bounds, DEVICE)
-    x = tensors(rows, seq_len, capacity, DEVICE, packed=packed)
-    call = call_with("selected_attention", x, capacity, **layout)
-    upstream = upstream_of(call)
-    want, want_grads = run(in_order("fsa"), call, upstream)
-    head = seq_len * S.num_selected * S.head_dim * x.q.itemsize
-    monkeypatch.setattr(chunks, "WORKSPACE", heads_at_once * head)
-    parts = chunks.chunks(x.q, x.k, S.head_dim, S.num_selected)
-    batch, kv_heads, group = cut
-    assert [len(parts), len(parts[0]), len(parts[0][0])] == [1 if packed else batch, kv_heads, group]
-    have, have_grads = run(in_order("fsa"), call, upstream)
-    for a, b in zip((*have, *have_grads[:1]), (*want, *want_grads[:1]), strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(have_grads[1:], want_grads[1:], strict=True):  # sums over the group, in another order if it is cut
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 if group > 1 else 0.0)
 
 
 @kernels

@@ -14,20 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
+from kernel_runs import DEVICE, DTYPES, INTERPRETED, kernels
 from torch import Tensor
 
 from fsa_compile.templates.kernel import argument, device_of
 from fsa_compile.templates.selection import SELECT_BLOCKS
 from fsa_compile.tiling import Config
 
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-
 LONG = 300 if INTERPRETED else 700
-
-kernels = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
 
 
 @dataclass(frozen=True)

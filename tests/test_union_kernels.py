@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
+from kernel_runs import DEVICE, kernels
 from torch import Tensor
 
 from fsa_compile.templates.selected import TILE_UNIONS
 from fsa_compile.testing.inputs import traced_block_indices
 from fsa_compile.tiling import union_tokens
-
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
-kernels = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
 
 
 def unions_of(block_indices: Tensor, tokens: int, *runs: Tensor | None, seq_len_k: int, block_size: int) -> list:

@@ -14,31 +14,15 @@ from torch import Tensor
 from .. import cost
 from ..api import selected_attention
 from ..testing.inputs import causal_block_indices
+from ..testing.timing import seconds_of
 from .grid import Cell, Measurement
 
 __all__ = ["agreement", "measure", "variants"]
 
-_HEAD_START = 4_000_000  # cycles that the GPU waits before a run, some two milliseconds
 _ROUNDS = (3, 25)  # at least, and at most if there is time
 _MEMORY_SHARE = 0.6  # of what is free, that the temporaries of an order may take
 
 _Run = Callable[[], Any]
-
-
-def _once(run: _Run, device: torch.device) -> float:
-    """Seconds of one run; on a GPU its own time, for which the host is given a head start as inside of a model."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    torch.cuda._sleep(_HEAD_START)
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) * 1e-3
 
 
 def agreement(block_indices: Tensor, problem: cost.Problem) -> float:
@@ -125,5 +109,5 @@ def measure(cell: Cell, device: torch.device, seconds: float = 0.7) -> tuple[lis
         if i >= least and time.perf_counter() - start > seconds:
             break
         for key, run in runs.items():
-            times[key].append(_once(run, device))
+            times[key].append(seconds_of(run, device))
     return [Measurement(problem, cell.held_out, *key, statistics.median(t)) for key, t in times.items()], failed

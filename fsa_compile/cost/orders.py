@@ -88,6 +88,12 @@ _walked = _tiles * U * bs  # keys, once for each tile
 
 _SORTED = 24 * E  # bytes, while the lists are sorted
 
+
+def _share_at_once(width: Expr) -> Expr:
+    """Of a call whose partials exceed the workspace, and which is cut in parts; one head alone is not cut."""
+    return Min(1, WORKSPACE / tensor_bytes(P, width))
+
+
 ORDERS: dict[str, Order] = {
     "nsa": Order(
         forward=(
@@ -153,9 +159,8 @@ ORDERS: dict[str, Order] = {
             ),
             _TILE_SUM,
         ),
-        # A longer call is cut in parts; one head's partials may still be more than that, from a million tokens up.
-        forward_scratch=_SORTED + Min(tensor_bytes(P, DV), WORKSPACE) + 4 * P,
-        backward_scratch=_SORTED + Min(tensor_bytes(P, D), WORKSPACE) + _dkv_tiles,
+        forward_scratch=(_SORTED + tensor_bytes(P, DV) + 8 * P) * _share_at_once(DV),
+        backward_scratch=(_SORTED + tensor_bytes(P, D) + _dkv_tiles) * _share_at_once(D),
     ),
     "tile": Order(
         forward=(

@@ -239,4 +239,4 @@ def rows_of_keys(tile: KeyTile, seqs: Sequences, num_key_rows, BLOCK_N: tl.const
     if seqs.leftpad_k is not None:
         exists = tile.first + tl.arange(0, BLOCK_N) < num_key_rows
         return tl.where(row >= num_key_rows, row - num_key_rows, row), exists
-    return row, (row >= 0) & (row < tile.row_end)
+    return row, row < tile.row_end
