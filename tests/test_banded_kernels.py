@@ -89,6 +89,7 @@ class Problem(NamedTuple):
     head_dim: int = 16
     head_dim_v: int = 16
     logits: float = 1.0
+    later: float = 1.0  # times the keys after the first tile
     splits: int = 1
 
     @property
@@ -136,6 +137,7 @@ def draw(problem: Problem, dtype: torch.dtype, strides: str = "contiguous") -> l
 
     q, k = normal(problem.seq_len, heads_q, problem.head_dim), normal(problem.key_rows, problem.heads, problem.head_dim)
     v = normal(problem.key_rows, problem.heads, problem.head_dim_v)
+    k[:, 64 if problem.kind.window else 32 :] *= problem.later
     grads = normal(problem.seq_len, heads_q, problem.head_dim_v), normal(problem.seq_len, heads_q)
     made = [x.to(dtype) for x in (q * problem.logits, k, v, grads[0])]
     if strides == "transposed":
@@ -265,6 +267,15 @@ def test_groups_wider_than_a_tile(kind: Kind) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_huge_logits(kind: Kind, dtype: torch.dtype) -> None:
     check(batched(kind, 1, 64 * LONG, 64 * LONG, logits=3e3 if dtype == torch.float16 else 1e4), dtype)
+
+
+@kernels
+@pytest.mark.parametrize("kind", [COMPRESSED, Kind(window=64)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_far_from_those_of_the_first_keys(kind: Kind, dtype: torch.dtype) -> None:
+    """Far above, so that weights in terms of the first do not fit the dtype, and far below."""
+    for later in (1e3, 1e-3):
+        check(batched(kind, 1, 190 * LONG, 190 * LONG, heads=1, later=later, logits=1 / min(1, later * 30)), dtype)
 
 
 @pytest.mark.gpu

@@ -2,10 +2,16 @@
 
 Nearly all tiles of keys are seen by every row, and their loop has no masks. A value that some row does not see can
 only do harm if it is not finite; then the result is not either, and the program starts again, carefully.
+
+A row's weights are taken relative to the largest score of the first tile in which it sees a key, not to the largest of
+all: any number does, so long as no weight overflows, and then nothing has to be scaled again. Exponents of float32 and
+bfloat16 leave room for 88 (natural units). Where that is not enough the result is not finite, and the program starts
+again with an online softmax.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -14,7 +20,16 @@ import triton.language as tl
 
 from ...tiling import Config, Device
 from ..kernel import Kernel, Output, Plan
-from ..query_tiles import LOWEST, keys_base, load_rows, place_of_tile, query_grid, softmax_end, softmax_step
+from ..query_tiles import (
+    LOWEST,
+    exponent_shift,
+    keys_base,
+    load_rows,
+    place_of_tile,
+    query_grid,
+    softmax_end,
+    softmax_step,
+)
 from ..sequences import Rows, Sequences, run_of_tile
 from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, store_output
 from .sizes import (
@@ -35,18 +50,31 @@ from .sizes import (
 @triton.jit
 def _fwd_loop(
     q, k_base, k_stride, v_base, v_stride, start, end, band: Band, factor, acc, row_max, row_sum,
-    SIZES: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+    SIZES: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    FIXED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attend to keys ``start`` to ``end``; not MASKED: whole tiles, all of whose keys every row sees."""
+    """Attend to keys ``start`` to ``end``; not MASKED: whole tiles, all of whose keys every row sees.
+
+    FIXED: a row's ``row_max`` is that of the first tile with a key that it sees, and stays.
+    """
+    shift = exponent_shift(row_max, factor)
+    lead = band.some_from + (TOKENS if SIZES.WINDOW > 0 else 1)
     for i in tl.range(start, end, BLOCK, num_stages=STAGES):
         k = load_keys(k_base, k_stride, i, end, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK, MASKED)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK]
         if MASKED:
             if CAREFUL | (i < band.all_from) | (i + BLOCK > band.all_to):
                 scores = tl.where(in_band(i, band, SIZES, BLOCK), scores, float("-inf"))
-        p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, factor)
+        if FIXED:
+            if i < lead:
+                row_max = tl.where(row_max == LOWEST, tl.maximum(tl.max(scores, 1), LOWEST), row_max)
+                shift = exponent_shift(row_max, factor)
+            p = tl.exp2(tl.fma(scores, factor, -shift[:, None]))
+            row_sum += tl.sum(p, 1)
+        else:
+            p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, factor)
+            acc = acc * decay[:, None]
         v = load_keys(v_base, v_stride, i, end, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED)
-        acc = acc * decay[:, None]
         if CAREFUL:
             v = finite_part(v)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
@@ -81,29 +109,38 @@ def banded_fwd_tile(
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    # float16 leaves room for 11 only.
+    FIXED: tl.constexpr = q.ptr.dtype.element_ty != tl.float16
     hot = band.some_from
     cold = hot
     if BLOCK_E > 0:
         if SIZES.WINDOW > 0:
             hot += tl.cdiv(band.all_from - band.some_from, BLOCK_E) * BLOCK_E
             acc, row_max, row_sum = _fwd_loop(
-                queries, k_base, ks, v_base, vs, band.some_from, tl.minimum(hot, end), band, factor, acc,
-                row_max, row_sum, SIZES, BLOCK_E, True, False, EDGE_STAGES,
+                queries, k_base, ks, v_base, vs, band.some_from, tl.minimum(hot, end), band, factor, acc, row_max,
+                row_sum, SIZES, TOKENS, BLOCK_E, True, False, FIXED, EDGE_STAGES,
             )  # fmt: skip
         cold = hot + tl.maximum(tl.minimum(band.all_to, end) - hot, 0) // BLOCK_N * BLOCK_N
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, ks, v_base, vs, hot, cold, band, factor, acc, row_max, row_sum, SIZES, BLOCK_N,
-            False, False, None,
+            queries, k_base, ks, v_base, vs, hot, cold, band, factor, acc, row_max, row_sum, SIZES, TOKENS, BLOCK_N,
+            False, False, FIXED, None,
         )  # fmt: skip
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, ks, v_base, vs, cold, end, band, factor, acc, row_max, row_sum, SIZES, BLOCK_E,
-            True, False, EDGE_STAGES,
+            queries, k_base, ks, v_base, vs, cold, end, band, factor, acc, row_max, row_sum, SIZES, TOKENS, BLOCK_E,
+            True, False, FIXED, EDGE_STAGES,
         )  # fmt: skip
     else:
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, ks, v_base, vs, hot, end, band, factor, acc, row_max, row_sum, SIZES, BLOCK_N,
-            True, False, None,
+            queries, k_base, ks, v_base, vs, hot, end, band, factor, acc, row_max, row_sum, SIZES, TOKENS, BLOCK_N,
+            True, False, FIXED, None,
         )  # fmt: skip
+    if FIXED:
+        if not (all_finite(acc) & all_finite(row_sum)):
+            acc, row_max, row_sum = _fwd_loop(
+                queries, k_base, ks, v_base, vs, band.some_from, end, band, factor,
+                tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), tl.full([BLOCK_M], LOWEST, tl.float32),
+                tl.zeros([BLOCK_M], tl.float32), SIZES, TOKENS, BLOCK_N, True, False, False, EDGE_STAGES,
+            )  # fmt: skip
     if not all_finite(acc):
         row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -111,7 +148,7 @@ def banded_fwd_tile(
         queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         acc, row_max, row_sum = _fwd_loop(
             queries, k_base, ks, v_base, vs, band.some_from, end, band, factor, acc, row_max, row_sum, SIZES,
-            16, True, True, 1,
+            TOKENS, 16, True, True, False, 1,
         )  # fmt: skip
     out, row_shift, log_sum = softmax_end(acc, row_max, row_sum, factor)
     return out, row_shift, log_sum, place
@@ -167,9 +204,9 @@ def heuristic(sizes: BandedSizes, device: Device) -> Config:
         return query_config(sizes, 128, 32, 0, 8, pipelined)
     if sizes.WINDOW > 0:
         # A window is few tiles, so that filling the pipeline shows: one loop, and small programs to hide it.
-        return query_config(sizes, 64, 64, 0, 4, pipelined)
+        return query_config(sizes, 64, 32, 0, 4, 1 if device.arch == "hip" else 3)
     if device.arch == "sm_90":
-        return query_config(sizes, 256, 64, 0, 16, 3)
+        return query_config(sizes, 256, 64, 32, 16, 3, 2)
     return query_config(sizes, 128, 64, 0, 8, pipelined)
 
 
@@ -179,8 +216,8 @@ def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
     if sizes.ITEMSIZE < 4:
         for block_m, warps, most in ((64, 4, 3), (128, 8, 4), (256, 16, 3)):
             if block_m < 256 or sizes.widest <= 128:
-                for block_e in (0, 32):
-                    tiles = (block_m, 64, block_e, warps)
+                for block_n, block_e in itertools.product((32, 64), (0, 32)):
+                    tiles = (block_m, block_n, block_e, warps)
                     found += [query_config(sizes, *tiles, stages, 2) for stages in range(2, most + 1)]
     return found
 
