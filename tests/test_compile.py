@@ -158,15 +158,18 @@ def put(value: Any) -> None:
     setattr(config, _inductor.SLOT, value)
 
 
-def compile_once(scale: float) -> Tensor:
-    def fn(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor) -> Tensor:
-        return fsa_compile.selected_attention(q, k, v, block_indices, block_size=16)[0] * scale
+def output(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor) -> Tensor:
+    """Of one operator and nothing else, which leaves a C++ compiler nothing to do."""
+    return fsa_compile.selected_attention(q, k, v, block_indices, block_size=16)[0]
 
+
+def compile_once(**options: Any) -> list[Any]:
+    """The sites that were met."""
     x = make_inputs(Spec(seq_len=33))
+    args = (x.q, x.k, x.v, x.block_indices)
     with config.patch(force_disable_caches=True), lowering.collect_sites() as sites:
-        out = torch.compile(fn, fullgraph=True)(x.q, x.k, x.v, x.block_indices)
-    compile_once.sites = sites  # type: ignore[attr-defined]
-    return out
+        assert_like([torch.compile(output, fullgraph=True, **options)(*args)], [output(*args)], 1e-5)
+    return sites
 
 
 def test_import_puts_the_pass_in_the_slot() -> None:
@@ -180,9 +183,8 @@ def test_a_pass_that_was_there_first_runs_too() -> None:
     put(other)
     fsa_compile.enable()
     fsa_compile.enable()  # once is enough
-    compile_once(2.0)
+    assert len(compile_once()) == 1
     assert other.calls == 1
-    assert len(compile_once.sites) == 1  # type: ignore[attr-defined]
     fsa_compile.disable()
     assert _inductor.slot_passes() == (other,)
 
@@ -193,9 +195,8 @@ def test_a_pass_that_came_later_runs_too() -> None:
     assert not fsa_compile.is_enabled()
     fsa_compile.enable()
     assert fsa_compile.is_enabled()
-    compile_once(3.0)
+    assert len(compile_once()) == 1
     assert other.calls == 1
-    assert len(compile_once.sites) == 1  # type: ignore[attr-defined]
 
 
 def test_a_list_is_extended() -> None:
@@ -228,20 +229,14 @@ def test_uuid_follows_what_changes_the_code() -> None:
 
 
 def test_a_slot_replaced_by_options_is_noticed() -> None:
-    def fn(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor) -> Tensor:
-        return fsa_compile.selected_attention(q, k, v, block_indices, block_size=16)[0] * 5
-
-    x = make_inputs(Spec(seq_len=34))
-    compiled = torch.compile(fn, fullgraph=True, options={_inductor.SLOT: Other()})
-    with config.patch(force_disable_caches=True), pytest.warns(UserWarning, match="holds Other instead of its pass"):
-        got = compiled(x.q, x.k, x.v, x.block_indices)
-    assert_like([got], [fn(x.q, x.k, x.v, x.block_indices)], 1e-5)
+    with pytest.warns(UserWarning, match="holds Other instead of its pass"):
+        compile_once(options={_inductor.SLOT: Other()})
 
 
 def test_a_slot_that_is_ours_is_not_warned_about() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*instead of its pass.*")
-        compile_once(6.0)
+        compile_once()
 
 
 def test_another_thread_sees_the_pass() -> None:
@@ -261,8 +256,7 @@ import fsa_compile
 from torch._dynamo.utils import counters
 
 def fn(q, k, v, block_indices):
-    out, lse = fsa_compile.selected_attention(q, k, v, block_indices, block_size=16)
-    return out * 2
+    return fsa_compile.selected_attention(q, k, v, block_indices, block_size=16)[0]  # nothing for a C++ compiler
 
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 32, 2, 16) for _ in range(3))
