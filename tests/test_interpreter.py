@@ -31,7 +31,7 @@ def test_every_file_of_kernel_tests_is_run() -> None:
 
 @pytest.mark.parametrize(("files", "part"), PARTS)
 def test_kernels_in_the_interpreter(files: str, part: str) -> None:
-    command = [sys.executable, *"-m pytest -q -p no:cacheprovider -p no:xdist -m interpreter".split(), "-k", part]
+    command = [sys.executable, *"-m pytest -q -p no:cacheprovider -m interpreter".split(), "-k", part]
     done = subprocess.run(
         [*command, *(str(TESTS / file) for file in files.split())],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},

@@ -45,9 +45,9 @@ def check_against_reference(
     """Results, their layout, and every gradient, within SPEC's error budget over draws enough to tell."""
     budgets: dict[str, Budget] = {}
     call = call_of(name, make_inputs(spec, device, dtype, seed=seed))
+    upstream = upstream_of(call)
     for draw in range(draws(*call.floating, large_logits=large_logits)):
         call = call_of(name, make_inputs(spec, device, dtype, seed=seed + 100 * draw))
-        upstream = upstream_of(call)
         have, have_grads = run(call.op(), call, upstream)
         want, want_grads = run(call.reference(), call.to(torch.float64), upstream)
         eager, eager_grads = run(call.reference(), call, upstream)
