@@ -102,8 +102,7 @@ def nsa_attention(
         (batch, seq_len, num_q_heads, head_dim_v), contiguous, dtype of q.
 
     Raises:
-        ValueError: a shape, device or option does not fit.
-        TypeError: a dtype does not fit.
+        ValueError, TypeError: something does not fit; see the module.
     """
     return torch.ops.fsa.nsa_attention.default(
         q,
@@ -166,8 +165,7 @@ def selected_attention(
         lse: (batch, seq_len, num_q_heads), float32. Both are differentiable.
 
     Raises:
-        ValueError: a shape, device or option does not fit.
-        TypeError: a dtype does not fit.
+        ValueError, TypeError: something does not fit; see the module.
     """
     return torch.ops.fsa.selected_attention.default(
         q,
@@ -220,8 +218,7 @@ def compressed_attention(
         lse: (batch, seq_len, num_q_heads), float32. Both are differentiable.
 
     Raises:
-        ValueError: a shape, device or option does not fit.
-        TypeError: a dtype does not fit.
+        ValueError, TypeError: something does not fit; see the module.
     """
     return torch.ops.fsa.compressed_attention.default(
         q,
@@ -288,8 +285,7 @@ def select_blocks(
         are fewer blocks up to the query's own.
 
     Raises:
-        ValueError: a shape, device or option does not fit.
-        TypeError: a dtype does not fit.
+        ValueError, TypeError: something does not fit; see the module.
     """
     return torch.ops.fsa.select_blocks.default(
         q,
@@ -341,8 +337,7 @@ def sliding_window_attention(
         lse: (batch, seq_len, num_q_heads), float32. Both are differentiable.
 
     Raises:
-        ValueError: a shape, device or option does not fit.
-        TypeError: a dtype does not fit.
+        ValueError, TypeError: something does not fit; see the module.
     """
     return torch.ops.fsa.sliding_window_attention.default(
         q,
@@ -386,8 +381,7 @@ def mean_compress(
         kernel_stride`; rows that belong to no sequence are 0.
 
     Raises:
-        ValueError: a shape, device or option does not fit.
-        TypeError: a dtype does not fit.
+        ValueError, TypeError: something does not fit; see the module.
     """
     return torch.ops.fsa.mean_compress.default(
         x,

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # What an earlier run of the tests compiled must not decide this one: a graph from a cache never meets the pass.
@@ -60,6 +61,18 @@ def much_memory() -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory of calibrations."""
+    from fsa_compile.cost import calibration
+
+    monkeypatch.setenv("FSA_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    calibration.forget()
+    yield tmp_path / "cache"
+    monkeypatch.undo()
+    calibration.forget()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fsa_compile
 from fsa_compile.testing.calls import STAGES, Call, call_of, run, selection_of, upstream_of
@@ -195,16 +194,20 @@ def case_one_upstream_gradient(name: str) -> None:
     assert_same_bits([have[i] for i in used], [grads[i] for i in used], HEADS)
 
 
+def spread_gradient(grad: Tensor, placement: Any) -> DTensor:
+    """Of each process a half, which is exact, where it is a sum over them."""
+    if placement == Partial():
+        return DTensor.from_local(grad / 2, mesh_of(2), [placement], run_check=False)
+    return spread(grad, placement)
+
+
 def case_misplaced_gradient(placement: Any, collectives: int) -> None:
     """An upstream gradient goes to where its result lies; the caller could not have sent it there."""
     call = call_of("sliding_window_attention", inputs_of("batch"))
     grad = upstream_of(call)[0]
     _, want = run(call.op(), call, [grad, None])
     call = spread_call(call, HEADS)
-    if placement == Partial():
-        upstream = DTensor.from_local(grad / 2, mesh_of(2), [placement], run_check=False)  # a half is exact
-    else:
-        upstream = spread(grad, placement)
+    upstream = spread_gradient(grad, placement)
     leaves = [x.detach().requires_grad_() for x in call.floating]
     out = call.op()(*leaves, **call.options)[0]
     with CommDebugMode() as seen:
@@ -220,12 +223,7 @@ def case_gradient_of_the_mean(placement: Any) -> None:
     (want,) = torch.autograd.grad(out, x, torch.ones_like(out))
     leaf = spread(x.detach(), HEADS).requires_grad_()
     out = fsa_compile.mean_compress(leaf)
-    ones = torch.ones(out.shape)
-    if placement == Partial():
-        upstream = DTensor.from_local(ones / 2, mesh_of(2), [placement], run_check=False)
-    else:
-        upstream = spread(ones, placement)
-    (have,) = torch.autograd.grad(out, leaf, upstream)
+    (have,) = torch.autograd.grad(out, leaf, spread_gradient(torch.ones(out.shape), placement))
     assert_same_bits([have], [want], placement if placement == HEADS else Replicate())
 
 
@@ -342,86 +340,39 @@ def case_refused_while_compiling() -> None:
         torch.compile(nsa, fullgraph=True)(q, k, v)
 
 
-def case_compiled(name: str, placement: Any, selected_only: bool) -> None:
-    """Against one process that compiles too; the pass meets each device's operators."""
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[list[Any]]:
+    """The sites met: what the other process, or another case, has compiled never meets the pass of this one."""
     import torch._inductor.config as inductor
 
+    torch._dynamo.reset()
+    with inductor.patch(force_disable_caches=True), fsa_compile.lowering.collect_sites() as sites:
+        yield sites
+
+
+@functools.cache
+def compiled_in_one_process(name: str, selected_only: bool) -> tuple[Any, ...]:
+    """A call, its upstream gradients, its results and the operators that the pass met."""
     with_blocks, call = calls_of(name)[-2:]
     if selected_only:
         call = replace(with_blocks, floating=with_blocks.floating[:3])
     upstream = upstream_of(call) if name != "padded" else run_upstream(call)
     op = call.op()
-    torch._dynamo.reset()
-    # What the other process has compiled never meets the pass of this one.
-    with inductor.patch(force_disable_caches=True), fsa_compile.lowering.collect_sites() as want_sites:
+    with compiled_anew() as sites:
         outs, grads = run(torch.compile(lambda *a, **o: op(*a, **o), fullgraph=True), call, upstream)
-    torch._dynamo.reset()
+    return call, upstream, [*outs, *grads], [site.op for site in sites]
+
+
+def case_compiled(name: str, placement: Any, selected_only: bool) -> None:
+    """Against one process that compiles too; the pass meets each device's operators."""
+    call, upstream, want, want_sites = compiled_in_one_process(name, selected_only)
+    op = call.op()
     call, upstream = spread_call(call, placement), [spread(g, placement) for g in upstream]
     compiled = torch.compile(lambda *a, **o: op(*a, **o), fullgraph=True)
-    with inductor.patch(force_disable_caches=True), fsa_compile.lowering.collect_sites() as sites:
-        have_outs, have_grads = run(compiled, call, upstream)
+    with compiled_anew() as sites:
+        outs, grads = run(compiled, call, upstream)
     assert sites
-    assert [site.op for site in sites] == [site.op for site in want_sites]
-    assert_same_bits([*have_outs, *have_grads], [*outs, *grads], placement)
+    assert [site.op for site in sites] == want_sites
+    assert_same_bits([*outs, *grads], want, placement)
     with no_collectives(compiled=True):
         run(compiled, call, upstream)
-
-
-class Attention(nn.Module):
-    """q, k, v and gates by columns, the output by rows. Works on whatever heads its projections return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (
-            nn.Linear(8, 64, bias=False),
-            nn.Linear(8, 32, bias=False),
-            nn.Linear(8, 32, bias=False),
-        )
-        self.gates = nn.ModuleList(nn.Linear(8, 4, bias=False) for _ in range(3))
-        self.out = nn.Linear(64, 8, bias=False)
-        whole_numbers = torch.Generator().manual_seed(0)
-        for weight in self.parameters():  # their sums have one value in any order
-            weight.data = torch.randint(-2, 3, weight.shape, generator=whole_numbers) / 16
-
-    def attend(self, x: Tensor) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (-1, 16)) for project in (self.q, self.k, self.v))
-        return nsa(q, k, v, *(gate(x).sigmoid() for gate in self.gates))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        heads = self.attend(x)
-        return self.out(heads.flatten(-2)), heads.detach()
-
-
-def parallel(use_local_output: bool) -> Attention:
-    by_columns = ColwiseParallel(use_local_output=use_local_output)
-    names = ("q", "k", "v", *(f"gates.{i}" for i in range(3)))
-    return parallelize_module(Attention(), mesh_of(2), {**dict.fromkeys(names, by_columns), "out": RowwiseParallel()})
-
-
-def trained(model: Attention, x: Tensor, compiled: bool) -> tuple[Tensor, Tensor, list[Tensor], dict[Any, int]]:
-    """Output, the attention's, gradients, and how many collectives of each kind it took."""
-    torch._dynamo.reset()
-    x = x.detach().requires_grad_()
-    step = torch.compile(model, fullgraph=True) if compiled else model
-    with CommDebugMode() if not compiled else contextlib.nullcontext() as seen:
-        out, heads = step(x)
-        out.square().sum().backward()
-    counts = dict(seen.get_comm_counts()) if seen is not None else {}
-    return out.detach(), heads.detach(), [whole(p.grad) for p in (x, *model.parameters())], counts  # type: ignore[arg-type]
-
-
-def case_parallelized(compiled: bool) -> None:
-    """Both forms of output compute the same, with the same collectives: those of the projections."""
-    x = torch.randint(-2, 3, (2, 50, 8), generator=torch.Generator().manual_seed(1)).float()
-    out, heads, grads, _ = trained(Attention(), x, compiled)
-    local_out, local_heads, local_grads, local_counts = trained(parallel(True), x, compiled)
-    have_out, have_heads, have_grads, counts = trained(parallel(False), x, compiled)
-    assert_same_bits([have_heads], [heads], HEADS)
-    assert torch.equal(have_heads.to_local(), local_heads)  # type: ignore[attr-defined]
-    assert counts == local_counts
-    assert compiled or sum(counts.values()) > 0
-    torch.testing.assert_close(have_out, out)  # its rows are added up over the processes
-    assert torch.equal(have_out, local_out)
-    for have, local, want in zip(have_grads, local_grads, grads, strict=True):
-        assert torch.equal(have, local)
-        torch.testing.assert_close(have, want)

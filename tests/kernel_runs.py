@@ -6,11 +6,31 @@ does not know it.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
+import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 kernels = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
+
+
+def patch_the_language_once() -> None:
+    """Put the interpreter's builtins in `triton.language` for good: half of its time goes into doing so.
+
+    It does at every launch and again at every call of a device function, with what does not depend on the call. A
+    process that interprets kernels compiles none, which would want the builtins that were there before.
+    """
+    from triton.runtime import interpreter
+
+    everywhere = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang(everywhere)
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
+
+
+if INTERPRETED:
+    patch_the_language_once()

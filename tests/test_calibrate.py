@@ -1,65 +1,26 @@
-"""Calibration: known constants come back from times made of them, and files are read, refused and answered for."""
+"""Calibration: known constants come back from times made of them, and the program measures, judges and keeps."""
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from calibrations import H200, NAME, TRUTH, made
 
 from fsa_compile import cost
 from fsa_compile.calibrate import __main__ as program
 from fsa_compile.calibrate import ahead, report, timing
-from fsa_compile.calibrate.fit import fit, predicted, residuals
+from fsa_compile.calibrate.fit import fit, residuals
 from fsa_compile.calibrate.grid import CELLS, Cell, Measurement
-from fsa_compile.cost import calibration
-from fsa_compile.lowering.install import PASS, PRE_GRAD_PASS
 from fsa_compile.testing.timing import seconds_of
-
-NAME = "NVIDIA H200"
-H200 = cost.DEVICES["H200"]
-# Another GPU, as far as the constants go: each of them a good deal from where the fit begins.
-TRUTH = replace(
-    H200,
-    dram_bandwidth=1.9e12,
-    l2_bandwidth=5e12,
-    sort_rate=6e9,
-    launch_overhead=4e-6,
-    efficiency=(0.11, 0.16, 0.18, 0.27, 0.19, 0.30, 0.33),
-)
-
-
-def made(device: cost.Device, cells: Sequence[Cell] = CELLS, noise: float = 0.0, spoiled: int = 0) -> list[Measurement]:
-    """Times as ``device`` has them, with normal noise of the logarithm; ``spoiled`` of them take five times as long."""
-    rng = random.Random(0)
-    found = [
-        Measurement(cell.problem, cell.held_out, order, stage, seconds * math.exp(rng.gauss(0, noise)))
-        for cell in cells
-        for (order, stage), seconds in predicted(cell.problem, device).items()
-    ]
-    for i in rng.sample(range(len(found)), spoiled):
-        found[i] = replace(found[i], seconds=5 * found[i].seconds)
-    return found
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache directory."""
-    monkeypatch.setenv("FSA_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
-    calibration.forget()
-    yield tmp_path / "cache"
-    monkeypatch.undo()
-    calibration.forget()
-
 
 # ------------------------------------------------------------------------------------------------------------ the fit
 
@@ -107,116 +68,6 @@ def test_constants_that_nothing_measured_tells_of_stay() -> None:
 def test_residuals_are_logs_of_predicted_over_measured() -> None:
     measured = [replace(m, seconds=2 * m.seconds) for m in made(H200, CELLS[:2])]
     assert residuals(measured, H200) == pytest.approx([-math.log(2)] * len(measured))
-
-
-# ----------------------------------------------------------------------------------------------------------- the file
-
-
-def saved(device: cost.Device = TRUTH) -> Path:
-    return calibration.save(replace(device, name=NAME), {"torch": "2.11"})
-
-
-def test_a_calibration_is_what_choices_are_made_by(cache: Path) -> None:
-    assert cost.device_for(NAME) is H200
-    file = saved()
-    assert file.parent == cache
-    found = cost.device_for(NAME)
-    assert found == replace(TRUTH, name=NAME, source="calibrated on this machine")
-    assert cost.device_for("NVIDIA H100 80GB HBM3") is cost.DEVICES["H100"]
-    choice = cost.choose(CELLS[0].problem, found)
-    assert "on NVIDIA H200 (constants calibrated on this machine)" in choice.reason
-    assert f"{NAME}" in cost.describe()
-    assert "calibrated on this machine" in cost.describe()
-    assert [p.name for p in cache.iterdir()] == [file.name]  # nothing half written is left
-
-
-def _edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
-    def edit(file: Path) -> None:
-        content = json.loads(file.read_text())
-        change(content)
-        file.write_text(json.dumps(content))
-
-    return edit
-
-
-@pytest.mark.parametrize(
-    ("spoil", "complaint"),
-    [
-        (lambda file: file.write_text(file.read_text()[:100]), "Expecting|Unterminated"),
-        (lambda file: file.write_bytes(b"\xff\xfe\x00"), "decode"),
-        (lambda file: file.write_text("[]"), "holds a list"),
-        (_edited(lambda c: c.update(dram_bandwidth=float("nan"))), "its dram_bandwidth is nan"),
-        (_edited(lambda c: c.update(l2_bandwidth=-1.0)), "its l2_bandwidth is -1.0"),
-        (_edited(lambda c: c.pop("sort_rate")), "its sort_rate is None"),
-        (_edited(lambda c: c["efficiency"].pop("query-outer")), "its efficiencies"),
-        (_edited(lambda c: c.update(kernels="0123456789ab")), "of kernels 0123456789ab"),
-        (_edited(lambda c: c.update(name=None)), "does not name its device"),
-    ],
-)
-def test_a_broken_file_is_ignored_and_told_of(
-    cache: Path, spoil: Callable[[Path], Any], complaint: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = saved()
-    spoil(file)
-    calibration.forget()
-    assert cost.device_for(NAME) is H200
-    (record,) = caplog.records
-    assert str(file) in record.message
-    with pytest.raises(ValueError, match=complaint):
-        calibration.load(file)
-
-
-def test_a_file_of_other_kernels_is_ignored(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved()
-    monkeypatch.setattr(calibration, "kernels_version", lambda: "0123456789ab")
-    calibration.forget()
-    assert cost.device_for(NAME) is H200
-
-
-def test_the_version_follows_the_kernels_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tmp_path / "package"
-    for name in calibration._KERNELS:
-        file = root / name if name.endswith(".py") else root / name / "kernel.py"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("one")
-        assert (calibration._ROOT / name).exists()
-    monkeypatch.setattr(calibration, "_ROOT", root)
-    version = calibration.kernels_version.__wrapped__
-    before = version()
-    (root / "templates" / "kernel.py").write_text("two")
-    assert before != version()
-    (root / "templates" / "kernel.py").write_text("one")
-    assert before == version()
-
-
-def test_where_files_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.delenv("FSA_COMPILE_CACHE_DIR", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert calibration.cache_dir() == Path("/home/someone/.cache/fsa_compile")
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert calibration.cache_dir() == Path("/home/someone/.cache/fsa_compile")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
-    assert calibration.cache_dir() == Path("/var/cache/fsa_compile")
-    monkeypatch.setenv("FSA_COMPILE_CACHE_DIR", "~/mine")
-    assert calibration.cache_dir() == Path("/home/someone/mine")
-
-
-def test_compiled_code_is_of_one_calibration(cache: Path) -> None:
-    without = PASS.uuid()
-    pre_grad = PRE_GRAD_PASS.uuid()
-    file = saved()
-    first = PASS.uuid()
-    saved(replace(TRUTH, l2_bandwidth=1e12))
-    second = PASS.uuid()
-    assert len({without, first, second}) == 3
-    # Another process may write at any time; this one keeps to what it has read.
-    file.unlink()
-    assert PASS.uuid() == second
-    assert cost.device_for(NAME).l2_bandwidth == 1e12
-    calibration.forget()
-    assert PASS.uuid() == without
-    assert PRE_GRAD_PASS.uuid() == pre_grad  # what is recognised depends on no constant
 
 
 # -------------------------------------------------------------------------------------------------------- the program

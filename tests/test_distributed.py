@@ -14,6 +14,7 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 import dtensor_cases as cases
 from dtensor_cases import BATCH, HEADS
+from parallel_module import case_parallelized
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from fsa_compile.testing.calls import STAGES
@@ -102,9 +103,9 @@ def test_the_whole_compiled(both: TwoProcesses, name: str, placement: Any) -> No
 
 
 def test_parallelized_module(both: TwoProcesses) -> None:
-    both(cases.case_parallelized, False)
+    both(case_parallelized, False)
 
 
 @pytest.mark.slow
 def test_parallelized_module_compiled(both: TwoProcesses) -> None:
-    both(cases.case_parallelized, True)
+    both(case_parallelized, True)

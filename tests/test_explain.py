@@ -6,7 +6,6 @@ CUDA without a GPU: fake tensors, whose graphs run on no device.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch._subclasses import FakeTensorMode
 
 import fsa_compile
 from fsa_compile import cost, debug, lowering
-from fsa_compile.lowering.where import innermost
 from fsa_compile.ops.selected import choice as choice_module
 
 explain_module = importlib.import_module("fsa_compile.explain")
@@ -382,13 +380,8 @@ def test_report_is_readable(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) ->
     place = row.split("fsa::")[0].split()
     assert place[0] == "1"
     assert place[1].endswith(SELECTED.rsplit("/", 1)[-1])
-    assert [part.strip() for part in row.split("  ") if part.strip()][3:] == [
-        "1",
-        "yes",
-        "fsa",
-        *times,
-        f"{choice.speedup:.1f}x",
-    ]
+    columns = [part.strip() for part in row.split("  ") if part.strip()]
+    assert columns[3:] == ["1", "yes", "fsa", *times, f"{choice.speedup:.1f}x"]
     assert choice.reason in " ".join(text.split())
     assert "scaled_dot_product_attention: dense attention, not NSA" in text
     assert text.endswith("Graph breaks: none")
@@ -402,18 +395,3 @@ def test_report_lists_breaks_and_unlocated_sites() -> None:
     assert "  1  else/file.py:3  because" in text
     assert "could not be read: X" in text
     assert text.endswith("Could not be explained\n  1  an error")
-
-
-def test_a_frame_of_the_demo_is_a_users_frame() -> None:
-    api, demo = fsa_compile.api.__file__, fsa_compile.api.__file__.replace("api.py", "demo/model.py")
-    frames = [(HERE, 1), (demo, 2), (torch.nn.functional.__file__, 3), (api, 4)]
-    assert innermost(frames) == f"{demo}:2"
-    assert innermost([(api, 4)]) == f"{api}:4"
-    assert innermost([]) is None
-
-
-def test_a_caller_whose_path_begins_like_the_packages_is_a_users() -> None:
-    api = fsa_compile.api.__file__
-    package = os.path.dirname(api)
-    for caller in (f"{package}_train.py", f"{package}_models/model.py"):
-        assert innermost([(HERE, 1), (caller, 2), (api, 3)]) == f"{caller}:2"

@@ -28,7 +28,7 @@ import fsa_compile
 q, k, v = torch.randn(1, 32, 2, 16), torch.randn(1, 32, 1, 16), torch.randn(1, 32, 1, 16)
 blocks = torch.zeros(1, 32, 1, 1, dtype=torch.int32)
 with fsa_compile.lowering.collect_sites() as sites:
-    torch.compile(lambda: fsa_compile.selected_attention(q, k, v, blocks, block_size=16), fullgraph=True)()
+    torch.compile(lambda: fsa_compile.selected_attention(q, k, v, blocks, block_size=16)[0], fullgraph=True)()
 assert [site.op for site in sites] == ["fsa::selected_attention"], sites
 assert fsa_compile.is_enabled()
 """

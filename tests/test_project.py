@@ -58,7 +58,7 @@ def test_one_module_names_inductor() -> None:
 def test_files_stay_small() -> None:
     files = [*SOURCES, *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     lines = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    assert {path: count for path, count in lines.items() if count > 450} == {}
+    assert {path: count for path, count in lines.items() if count > 400} == {}
 
 
 def _blocks(language: str) -> list[str]:

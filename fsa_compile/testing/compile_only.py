@@ -39,17 +39,6 @@ _POINTERS = {
 _OPTIONS = ("num_warps", "num_stages")
 
 
-class Recorder:
-    """Stands in for a kernel: remembers what it would have been launched with."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **kwargs: self.calls.append((args, kwargs))
-
-
 @dataclass(frozen=True)
 class Usage:
     """What one compiled kernel needs: bytes of shared memory, registers a thread, bytes spilled a thread; its assembly
@@ -71,13 +60,6 @@ def compile_record(kernel: Kernel, plan: Plan, config: Config, target: str) -> U
     values |= {"SIZES": plan.sizes, **config.tiles}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return _compile(kernel.fn, values, options, target)
-
-
-def compile_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: str) -> Usage:
-    """Compile a recorded launch for ``target`` with the specialisations that a launch would make."""
-    options = {key: kwargs[key] for key in _OPTIONS if key in kwargs}
-    values = dict(zip(kernel.arg_names, args, strict=False))
-    return _compile(kernel, values | {k: v for k, v in kwargs.items() if k not in _OPTIONS}, options, target)
 
 
 def compile_emitted(code: str) -> list[tuple[list[str], Usage]]:
