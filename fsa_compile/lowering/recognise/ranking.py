@@ -16,10 +16,11 @@ from torch import fx
 from .build import Builder
 from .evaluate import NotUnderstood
 from .index import Poly, Var, is_nonneg, variables
-from .prove import Listed, Proof, conjuncts, is_implied
+from .prove import Roles
 from .region import Graph, Region, function_name, tensor, trace, written
 from .scores import Scores, factor
-from .terms import FALSE, TRUE, Apply, At, Const, Int, Reduce, Term, free, replaced
+from .selection import Listed, is_implied
+from .terms import FALSE, TRUE, Apply, At, Const, Int, Reduce, Term, conjuncts, free, replaced
 
 __all__ = ["Ranked", "rank", "select", "top_of"]
 
@@ -42,7 +43,7 @@ class Ranked:
     dead_is_hidden: bool  # a listed block whose score is -inf counts for nothing
 
 
-def rank(graph: Graph, b: Builder, proof: Proof, one: Listed) -> Ranked:
+def rank(graph: Graph, b: Builder, roles: Roles, block_size: int, one: Listed) -> Ranked:
     """What a list's ids are the top-k of; raises `NotUnderstood` if a query may be left without a key."""
     follow = _Follow(graph, b, one)
     live = follow.value(one.ids.node, False)
@@ -63,13 +64,13 @@ def rank(graph: Graph, b: Builder, proof: Proof, one: Listed) -> Ranked:
         raise NotUnderstood("its block ids are not all that the topk gives for the query")
     index = tuple(Poly.of(block) if d == dim else p for d, p in enumerate(one.ids.index))
     score = b.ev.value(of[0], index)
-    at = _Positions(b, proof)
-    beyond, newest = b.ev.var("x", block.size), (proof.pieces.key.size - 1) // proof.block_size
+    at = _Positions(b, roles, block_size)
+    beyond, newest = b.ev.var("x", block.size), (roles.pieces.key.size - 1) // block_size
     if replaced(score, at.where(Poly.of(at.block), block, at.block_poly + beyond + 1)) != _HIDDEN:
         raise NotUnderstood("blocks of the future are not scored -inf before the topk")
     if replaced(score, at.where(at.block_poly, block, at.block_poly)) != _FORCED:
         raise NotUnderstood("the query's own block is not scored +inf before the topk")
-    if not is_nonneg(proof.pieces.key.size - proof.query.size) or not is_nonneg(block.size - 1 - newest):
+    if not is_nonneg(roles.pieces.key.size - roles.query.size) or not is_nonneg(block.size - 1 - newest):
         raise NotUnderstood("not every key has a block of its own")
     dead = follow.value(one.ids.node, True)
     out_of_range = isinstance(dead, Poly) and (is_nonneg(dead * -1 - 1) or is_nonneg(dead - newest - 1))
@@ -111,10 +112,10 @@ def _number(b: Builder, number: Any, blocks: Poly) -> int | None:
 class _Positions:
     """A query's position as `block_size * block + place`."""
 
-    def __init__(self, b: Builder, proof: Proof) -> None:
-        size = proof.pieces.key.size
-        self.size, self.query = proof.block_size, proof.query
-        self.offset = size - proof.query.size
+    def __init__(self, b: Builder, roles: Roles, block_size: int) -> None:
+        size = roles.pieces.key.size
+        self.size, self.query = block_size, roles.query
+        self.offset = size - roles.query.size
         self.block = b.ev.var("p", (size - 1) // self.size + 1)
         self.block_poly = Poly.of(self.block)
         self.place = b.ev.var("p", Poly.of(self.size))
@@ -213,14 +214,15 @@ class _Follow:
 # ---- as the operator ----
 
 
-def select(found: Ranked, b: Builder, outer: Builder, proof: Proof, one: Listed) -> fx.Node:
+def select(found: Ranked, b: Builder, outer: Builder, roles: Roles, block_size: int, one: Listed) -> fx.Node:
     """`select_blocks` in place of the list: ids (batch, seq_len, heads, slots); raises `NotUnderstood`.
 
     Args:
         found: what the list is the top-k of.
         b: makes nodes before the top-k, where the scores' operands are still what they were.
         outer: makes the nodes of the attention.
-        proof: the attention.
+        roles: the axes of the attention.
+        block_size: of its blocks.
         one: the list.
     """
     if not found.dead_is_hidden:
@@ -229,28 +231,28 @@ def select(found: Ranked, b: Builder, outer: Builder, proof: Proof, one: Listed)
         raise NotUnderstood("the number of blocks that are selected is not a constant")
     if not _only_here(found, outer):
         raise NotUnderstood("the topk is also used otherwise, and so are its scores")
-    at = _Positions(b, proof)
+    at = _Positions(b, roles, block_size)
     local, pooled = _forced(found, b, at)
     if local > found.number:
         raise NotUnderstood("more blocks are forced than are selected")
-    q, k, key, inner, scale = _operands(pooled, found.block, b, at, proof)
-    group = proof.group if proof.group is not None and proof.group in free(one.ids) else None
-    heads = [proof.head, group]
-    order = (proof.batch, proof.query, *heads, inner)
+    q, k, key, inner, scale = _operands(pooled, found.block, b, at, roles)
+    group = roles.group if roles.group is not None and roles.group in free(one.ids) else None
+    heads = [roles.head, group]
+    order = (roles.batch, roles.query, *heads, inner)
     q_node = b.make(torch.flatten, b.laid_out(q, order), 2, 3)
-    b.lengths.update({proof.query.size: (q_node, 1), **({proof.batch.size: (q_node, 0)} if proof.batch else {})})
-    k_node = b.make(torch.flatten, b.laid_out(k, (proof.batch, key, *heads, inner)), 2, 3)
+    b.lengths.update({roles.query.size: (q_node, 1), **({roles.batch.size: (q_node, 0)} if roles.batch else {})})
+    k_node = b.make(torch.flatten, b.laid_out(k, (roles.batch, key, *heads, inner)), 2, 3)
     b.lengths[key.size] = (k_node, 1)
     dtype = torch.promote_types(b.fake(q_node).dtype, b.fake(k_node).dtype)
-    sizes = [b.length(proof.batch.size) if proof.batch else 1, -1, math.prod(_count(x) for x in heads), -1]
+    sizes = [b.length(roles.batch.size) if roles.batch else 1, -1, math.prod(_count(x) for x in heads), -1]
     made = []
     for x in (q_node, k_node):
         x = x if b.fake(x).dtype == dtype else b.make(torch.Tensor.to, x, dtype)
         made.append(b.make(torch.Tensor.expand, x, *sizes))
     options = {
-        "block_size": proof.block_size, "num_selected": found.number, "kernel_size": 1, "kernel_stride": 1,
+        "block_size": block_size, "num_selected": found.number, "kernel_size": 1, "kernel_stride": 1,
         "init_blocks": 0, "local_blocks": local, "scale": scale, "pool": "max",
-        "seq_len_k": None if key.size == proof.query.size else b.length(key.size),
+        "seq_len_k": None if key.size == roles.query.size else b.length(key.size),
     }  # fmt: skip
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or b.shape(made[0])[3] > 256:
         raise NotUnderstood(f"its scores are of {b.shape(made[0])[3]} features in {dtype}")
@@ -298,22 +300,22 @@ def _forced(found: Ranked, b: Builder, at: _Positions) -> tuple[int, Term]:
     return n, rest
 
 
-def _operands(pooled: Term, block: Var, b: Builder, at: _Positions, proof: Proof) -> tuple[At, At, Var, Var, float]:
+def _operands(pooled: Term, block: Var, b: Builder, at: _Positions, roles: Roles) -> tuple[At, At, Var, Var, float]:
     """Queries and keys of the token scores that are pooled, the key's and the feature's axes, and the scale."""
-    if not isinstance(pooled, Reduce) or pooled.kind != "max" or pooled.var.size.constant != proof.block_size:
+    if not isinstance(pooled, Reduce) or pooled.kind != "max" or pooled.var.size.constant != at.size:
         raise NotUnderstood("its block scores are not the largest of token scores")
-    token = Poly.of(block) * proof.block_size + Poly.of(pooled.var)
+    token = Poly.of(block) * at.size + Poly.of(pooled.var)
     scores = Scores(pooled.body)
-    position = Poly.of(proof.query) + at.offset
+    position = Poly.of(roles.query) + at.offset
     if any(not is_implied(part, token, position) for part in conjuncts(scores.visible) if part != TRUE):
         raise NotUnderstood("its token scores are hidden otherwise than those of the future")
     (q, by_q), (k, by_k) = map(factor, scores.operands)
     if block in free(q):
         q, k = k, q
     scale = scores.scale * by_q * by_k
-    key = b.ev.var("j", proof.pieces.key.size)
+    key = b.ev.var("j", roles.pieces.key.size)
     k = At(k.node, tuple(Poly.of(key) if p == token else p for p in k.index))
     inside = {block, pooled.var}
-    if inside & (free(q) | free(k)) or key not in free(k) or proof.query in free(k) or not scale > 0:
+    if inside & (free(q) | free(k)) or key not in free(k) or roles.query in free(k) or not scale > 0:
         raise NotUnderstood("its token scores are not products of a query and a key")
     return q, k, key, scores.inner, scale
