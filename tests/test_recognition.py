@@ -120,8 +120,7 @@ def test_the_corpus_is_large() -> None:
 def test_positive(name: str, training: bool) -> None:
     backend = run(POSITIVES[name], training)
     assert [site.matched for site in backend.sites] == [True], backend.sites
-    assert backend.calls == 1
-    assert POSITIVES[name].op in backend.found
+    assert backend.found.count(POSITIVES[name].op) == 1
     assert backend.selections == POSITIVES[name].selects, backend.sites[0].reason
 
 

@@ -74,10 +74,11 @@ def test_every_branch_of_a_model(how: str) -> None:
     got, want = module_results(compiled, model, x), module_results(call, model, x)
     assert [site.matched for site in backend.sites] == [True] * 3, backend.sites
     assert sorted(set(backend.found) & set(_BRANCHES)) == _BRANCHES
+    assert "select_blocks" in backend.found, backend.sites
     for g, w in zip(got, want, strict=True):
         assert g.dtype == w.dtype
         error = (g.float() - w.float()).norm() / w.float().norm().clamp(min=1e-6)
-        assert error < (2e-2 if how == "bfloat16" else 1e-5), error
+        assert error < (5e-2 if how == "bfloat16" else 1e-5), error  # where 16 bits rank otherwise
 
 
 @pytest.mark.parametrize("name", ["compressed_softmax_nan_to_num", "compressed_einsum"])

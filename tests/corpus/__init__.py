@@ -91,4 +91,5 @@ from . import (  # noqa: E402
     indexer_positives,  # noqa: F401
     near_misses,  # noqa: F401
     positives,  # noqa: F401
+    probability_positives,  # noqa: F401
 )

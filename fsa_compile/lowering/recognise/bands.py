@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .evaluate import NotUnderstood
 from .index import Div, Poly, Var, is_nonneg, variables
-from .scores import Pieces
 from .selection import is_implied, why
 from .terms import At, NonNeg, Term, conjuncts, free
 
@@ -46,21 +46,21 @@ class Band:
         return Poly.of(self.horizon.query) + self.horizon.reach
 
 
-def horizons(pieces: Pieces) -> list[Horizon]:
-    """What hides keys beyond a query; raises `NotUnderstood` if nothing does."""
+def horizons(visible: Term, key: Var, axes: Iterable[Var]) -> list[Horizon]:
+    """What hides keys beyond a query, which is one of `axes`; raises `NotUnderstood` if nothing does."""
     found: list[Horizon] = []
-    for part in conjuncts(pieces.visible):
+    for part in conjuncts(visible):
         if not isinstance(part, NonNeg):
             continue
         p = unfloored(part.poly)
-        stride = -dict(p.terms).get((pieces.key,), 0)
-        rest = p + Poly.of(pieces.key) * stride
-        for x in pieces.out:
+        stride = -dict(p.terms).get((key,), 0)
+        rest = p + Poly.of(key) * stride
+        for x in axes:
             reach = rest - Poly.of(x)
-            if stride > 0 and x is not pieces.feature and x in variables(rest) and not variables(reach):
+            if stride > 0 and x in variables(rest) and not variables(reach):
                 found.append(Horizon(x, reach, stride))
     if not found:
-        given = any(isinstance(part, At) and pieces.key in free(part) for part in conjuncts(pieces.visible))
+        given = any(isinstance(part, At) and key in free(part) for part in conjuncts(visible))
         hint = "; a part of it is an input, such as one made outside of a checkpointed function" if given else ""
         raise NotUnderstood(f"its mask is not causal token by token (key <= query){hint}")
     return found
@@ -76,20 +76,20 @@ def unfloored(p: Poly) -> Poly:
     return p
 
 
-def band(pieces: Pieces, horizon: Horizon) -> Band | None:
+def band(visible: Term, key: Var, horizon: Horizon) -> Band | None:
     """The band that a mask is; None if it may be made of a list of blocks. Raises `NotUnderstood` if it is neither."""
-    query, key = Poly.of(horizon.query), Poly.of(pieces.key)
-    edge = query + horizon.reach - key * horizon.stride
-    left = [part for part in conjuncts(pieces.visible) if not _follows(part, edge)]
+    position = Poly.of(horizon.query) + horizon.reach
+    edge = position - Poly.of(key) * horizon.stride
+    left = [part for part in conjuncts(visible) if not _follows(part, edge)]
     if horizon.stride == 1:
-        left = [part for part in left if not is_implied(part, key, query + horizon.reach)]
+        left = [part for part in left if not is_implied(part, Poly.of(key), position)]
         if not left:
             raise NotUnderstood("its mask is only causal: dense attention")
         windows = [_window(part, edge) for part in left]
         sizes = [n for n in windows if n is not None]
         return Band(horizon, min(sizes)) if len(sizes) == len(windows) else None
     if left:
-        raise NotUnderstood(f"its mask of compressed keys also hides them otherwise ({why(left[0], pieces)})")
+        raise NotUnderstood(f"its mask of compressed keys also hides them otherwise ({why(left[0], key)})")
     return Band(horizon, None)
 
 

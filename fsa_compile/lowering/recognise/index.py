@@ -286,8 +286,21 @@ def is_nonneg(p: Poly) -> bool:
         shifted = shifted + product
     if all(c >= 0 for _, c in shifted.terms):
         return True
-    smaller = _without_quotients(least)
-    return smaller != least and is_nonneg(smaller)
+    for smaller in (_with_one_quotient(least), _without_quotients(least)):
+        if smaller != least and is_nonneg(smaller):
+            return True
+    return False
+
+
+def _with_one_quotient(p: Poly) -> Poly:
+    """A bound of `p` from below: `(num + n) // den <= num // den + ceil(n / den)`."""
+    single = [(monomial[0], c) for monomial, c in p.terms if len(monomial) == 1 and isinstance(monomial[0], Div)]
+    for taken, c in single:
+        for other, added in single:
+            more, by = (taken.num - other.num).constant, taken.den.constant
+            if c < 0 < added and taken.den == other.den and more is not None and by is not None and by > 0:
+                return p + (Poly.of(other) - (-more // by) - Poly.of(taken)) * c
+    return p
 
 
 def _without_quotients(p: Poly) -> Poly:

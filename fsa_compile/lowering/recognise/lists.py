@@ -13,8 +13,9 @@ from .build import Builder
 from .evaluate import NotUnderstood
 from .index import Poly, Var, variables
 from .prove import Roles
-from .ranking import rank, select, top_of
+from .ranking import rank, top_of
 from .region import Graph
+from .selecting import select
 from .selection import Fixed, Listed, Selection
 from .terms import TRUE
 

@@ -41,7 +41,7 @@ def prove(pieces: Pieces) -> Proof:
     """The proof; raises `NotUnderstood` with the first reason why there is none."""
     if isinstance(pieces.visible, Const):
         raise NotUnderstood("its mask does not depend on anything")
-    found = horizons(pieces)
+    found = horizons(pieces.visible, pieces.key, [x for x in pieces.out if x != pieces.feature])
     nearest = found[0]
     for one in found[1:]:
         nearest = one if one.is_stricter(nearest) else nearest
@@ -50,7 +50,7 @@ def prove(pieces: Pieces) -> Proof:
         raise NotUnderstood(
             f"its causal mask lets query i see keys up to i + {reach}, not to its own position counted from the end"
         )
-    sees: Selection | Band | None = band(pieces, nearest)
+    sees: Selection | Band | None = band(pieces.visible, pieces.key, nearest)
     pieces, axes = _split(pieces, query)
     if sees is None:
         sees = selection(pieces, query, reach)

@@ -12,11 +12,12 @@ from torch import fx
 
 from .bands import Band
 from .build import Builder
+from .compressed import windows
 from .evaluate import NotUnderstood
-from .index import Var, is_nonneg
+from .index import Var
 from .lists import block_indices, ranked
 from .prove import Proof, Roles
-from .region import Graph, guard_not_empty, tensor
+from .region import Graph, tensor
 from .selection import Listed, Selection
 from .terms import NonNeg, free
 
@@ -125,25 +126,14 @@ def _banded(b: Builder, roles: Roles, sees: Band, x: _Operands) -> _Call:
 
 
 def _compressed(b: Builder, roles: Roles, sees: Band, x: _Operands) -> tuple[fx.Node, str]:
-    """Any window that is a multiple of the stride does, if `seq_len_k` puts the queries where they see the same."""
-    stride, reach = sees.horizon.stride, sees.horizon.reach
-    kernel = 1 - dict(reach.terms).get((), 0)  # queries stand where their number says, if that is a window
-    if kernel < stride or kernel % stride:
-        kernel = stride
-    length = roles.query.size + reach + (kernel - 1)
-    seen, given = (roles.query.size + reach - 1) // stride + 1, roles.pieces.key.size
-    if not is_nonneg(length) or (seen != given and not (is_nonneg(seen - 1) and is_nonneg(given - seen))):
-        raise NotUnderstood(f"it has {given} compressed keys, where the last query sees {seen}")
-    guard_not_empty(b.shape(x.k)[1])
-    k, v = x.k, x.v
-    if seen != given:  # the last ones are seen by no query
-        k, v = (b.make(torch.narrow, one, 1, 0, b.length(seen)) for one in (k, v))
+    found = windows(sees.horizon, roles.pieces.key.size)
+    k, v = (found.cut(b, one) for one in (x.k, x.v))
     options = {
-        "kernel_size": kernel, "kernel_stride": stride, "scale": roles.pieces.scale,
-        "seq_len_k": None if length == roles.query.size else b.length(length),
+        "kernel_size": found.kernel, "kernel_stride": found.stride, "scale": roles.pieces.scale,
+        "seq_len_k": None if found.length == roles.query.size else b.length(found.length),
     }  # fmt: skip
     both = b.make(torch.ops.fsa.compressed_attention.default, x.q, k, v, **options)
-    return both, f"recognised as compressed attention, windows of {kernel} every {stride}"
+    return both, f"recognised as compressed attention, windows of {found.kernel} every {found.stride}"
 
 
 def _operand(b: Builder, at: Any, order: tuple[Var | None, ...], want: torch.Tensor) -> fx.Node:

@@ -49,9 +49,9 @@ def selection(pieces: Pieces, query: Var, offset: Poly) -> Selection:
     selections = [part for part in left if _has_list(part)]
     others = [part for part in left if not _has_list(part)]
     if not selections:
-        raise NotUnderstood(f"its mask is not made of a list of block ids ({why(others[0], pieces)})")
+        raise NotUnderstood(f"its mask is not made of a list of block ids ({why(others[0], pieces.key)})")
     if others:
-        raise NotUnderstood(f"its mask also hides keys otherwise ({why(others[0], pieces)})")
+        raise NotUnderstood(f"its mask also hides keys otherwise ({why(others[0], pieces.key)})")
     if len(selections) > 1:
         raise NotUnderstood("its mask wants a key's block in two lists at once")
     options = selections[0].parts if isinstance(selections[0], Or) else (selections[0],)
@@ -88,10 +88,10 @@ def is_implied(part: Term, key: Poly, position: Poly) -> bool:
     return False
 
 
-def why(part: Term, pieces: Pieces) -> str:
+def why(part: Term, key: Var) -> str:
     """What a part of a mask looks like, in words."""
     if isinstance(part, NonNeg):
-        if dict(part.poly.terms).get((pieces.key,)) == 1:
+        if dict(part.poly.terms).get((key,)) == 1:
             return "keys far behind the query, as a window does"
         return "by position"
     if isinstance(part, Not):
@@ -179,4 +179,4 @@ def _fixed(option: Term, key: Poly, position: Poly, block: Poly, block_size: int
             if part.poly in (Poly.of(first * block_size - 1) - key, Poly.of(first - 1) - block):
                 yield from (Fixed(Poly.of(n)) for n in range(first))
                 return
-    raise NotUnderstood(f"its mask also shows keys outside of the listed blocks ({why(part, pieces)})")
+    raise NotUnderstood(f"its mask also shows keys outside of the listed blocks ({why(part, pieces.key)})")
