@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +17,10 @@ from corpus.branch_positives import WINDOW, completed, windows_of
 from corpus.positives import causal
 from test_recognition import Captured, _clean, assert_same, module_results
 from torch import Tensor
+from torch._inductor import config
 from torch.utils.checkpoint import checkpoint
+
+from fsa_compile import lowering
 
 __all__ = ["_clean"]
 
@@ -116,3 +124,61 @@ def test_dense_layers_of_one_mask_are_looked_into_once(monkeypatch: pytest.Monke
     assert len(backend.sites) == 9
     assert not any(site.matched for site in backend.sites)
     assert len(traced) == 1
+
+
+# ---- through the whole compiler ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_of_the_compiler(mode: str) -> None:
+    torch.manual_seed(0)
+    model, x = Nsa(), torch.randn(1, 72, 64)
+    with config.patch(force_disable_caches=True), lowering.collect_sites() as sites:
+        got = module_results(torch.compile(model, fullgraph=True, mode=mode), model, x)
+    assert_same(got, module_results(model, model, x))
+    found = [site.op for site in sites]
+    assert {f"fsa::{name}" for name in (*_BRANCHES, "select_blocks")} <= set(found), found
+
+
+_CHILD = """
+import json, sys
+import torch
+import fsa_compile
+from torch._dynamo.utils import counters
+from corpus.branch_positives import compressed_sdpa
+
+fsa_compile.enable(recognise=sys.argv[1] == "on")
+compiled = torch.compile(compressed_sdpa, fullgraph=True)
+for length in (72, 100):
+    x = [torch.randn(1, heads, length, 16) for heads in (4, 2, 2)]
+    for one in x:
+        torch._dynamo.mark_dynamic(one, 2)
+    torch.testing.assert_close(compiled(*x, None), compressed_sdpa(*x, None))
+found = {**counters["inductor"], **counters["aot_autograd"], **counters["stats"]}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_caches_in_a_second_process_with_dynamic_lengths(tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    environment = {
+        **os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }  # fmt: skip
+
+    def compiled_anew(recognise: str) -> bool:
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD, recognise], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["unique_graphs"] == 1
+        hits = found.get("fxgraph_cache_hit", 0) + found.get("autograd_cache_hit", 0)
+        misses = found.get("fxgraph_cache_miss", 0)
+        assert bool(hits) != bool(misses), found
+        return bool(misses)
+
+    assert compiled_anew("on")
+    assert not compiled_anew("on")
+    assert compiled_anew("off"), "an option was changed"

@@ -13,7 +13,7 @@ from .terms import And, Apply, At, Equal, Exists, Int, NonNeg, Not, Or, Term, al
 __all__ = ["Fixed", "Listed", "Selection", "is_implied", "selection", "why"]
 
 _MOST_FIXED = 64
-_AN_INPUT = "a mask that is an input, such as a padding mask"
+_AN_INPUT = "a mask that is an input, such as a padding mask, which the operators take as leftpad_k or seqused_k"
 
 
 @dataclass(frozen=True)
