@@ -1,4 +1,4 @@
-"""Block-selected attention as people write it by hand, and what looks like it and is not.
+"""NSA and its branches as people write them by hand, and what looks like it and is not.
 
 A program takes `q, k, v, ids` in its layout: "bhtd" q (batch, num_q_heads, seq_len, head_dim), k and v likewise with
 num_kv_heads, ids (batch, num_kv_heads, seq_len, num_selected) int64; "bthd" with seq_len before the heads. `BLOCK`
@@ -34,6 +34,7 @@ class Program:
     length: int = 72  # not a multiple of BLOCK
     empty_rows: bool = True  # its inputs have rows that see nothing
     selects: bool = False  # its ids become `select_blocks`
+    op: str = "selected_attention"  # that a positive becomes
 
 
 POSITIVES: dict[str, Program] = {}
@@ -83,4 +84,12 @@ def make_inputs(program: Program, length: int, *, batch: int = 2, requires_grad:
     return [x.requires_grad_(requires_grad) if x.is_floating_point() else x for x in tensors]
 
 
-from . import indexer_near_misses, indexer_positives, near_misses, positives  # noqa: E402, F401
+from . import (  # noqa: E402
+    branch_near_misses,  # noqa: F401
+    branch_positives,  # noqa: F401
+    indexer_near_misses,  # noqa: F401
+    indexer_positives,  # noqa: F401
+    near_misses,  # noqa: F401
+    positives,  # noqa: F401
+    probability_positives,  # noqa: F401
+)

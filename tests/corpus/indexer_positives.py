@@ -163,7 +163,7 @@ def indexer_of_block_means(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tens
     return attend(q, k, v, tokens_of(scores.topk(2).indices, t), LOWEST)
 
 
-@positive()
+@positive(selects=True)
 def indexer_that_forces_the_first_block_too(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     t = k.shape[2]
     forced = own_block(t) | (torch.arange(blocks_of(t)) == 0)

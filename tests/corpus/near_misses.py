@@ -92,14 +92,6 @@ def dense_causal(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return sdpa(q, k, v, causal(t).expand(1, q.shape[1], t, t))
 
 
-@near_miss("nothing in its mask is made of block ids|no mask")
-def window_without_blocks(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-    t = q.shape[2]
-    i = torch.arange(t)
-    mask = causal(t) & (i[:, None] - i[None] < 24)
-    return softmax(q, k, v, lambda s: s.masked_fill(~mask, -math.inf))
-
-
 # ---- another selection ----
 
 
@@ -347,7 +339,7 @@ def softmax_over_queries(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor
     return scores.softmax(-2) @ v.repeat_interleave(g, 1)
 
 
-@near_miss("changed between the softmax")
+@near_miss("hidden scores are 0")
 def keys_from_the_mask_only(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     t, g = q.shape[2], q.shape[1] // k.shape[1]
     mask = (chosen_tokens(ids, t) & causal(t)).repeat_interleave(g, 1)

@@ -1,7 +1,8 @@
-"""Selected attention that was written in plain PyTorch, found before autograd and replaced by the operator.
+"""NSA's branches that were written in plain PyTorch, found before autograd and replaced by the operators.
 
 `anchors` finds attention, `region` cuts out and traces what it is made of, `evaluate` and `values` say what an element
-of a traced node is, `scores` takes an attention apart, `prove` decides, `rewrite` replaces.
+of a traced node is, `scores` takes an attention apart, `prove` decides by `selection` and `bands`, `rewrite` replaces,
+with `lists` of block ids that may be a top-k (`ranking`).
 """
 
 from __future__ import annotations

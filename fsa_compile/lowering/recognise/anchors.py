@@ -1,4 +1,4 @@
-"""Pre-grad pass: attention with a mask, or a softmax between two products, becomes `fsa::selected_attention` if proven.
+"""Pre-grad pass: attention with a mask, or a softmax between two products, becomes an operator if proven.
 
 Nothing here may break a user's model or change its meaning: what is not understood stays as it is, whatever goes wrong.
 """
@@ -36,6 +36,7 @@ _BETWEEN = frozenset(
     "contiguous unsqueeze squeeze clone nan_to_num masked_fill where mul getitem".split()
 )
 _HOPS = 6
+_Refused = dict[frozenset[fx.Node], str]  # why, by where a mask compares positions
 
 
 def recognise_graph(graph: fx.Graph) -> list[Site]:
@@ -59,11 +60,12 @@ def preview(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, str]]:
 
 def _recognised(graph: fx.Graph) -> Iterator[tuple[fx.Node, Site]]:
     state: Graph | None = None
+    refused: _Refused = {}
     for anchor, kind, source in list(_anchors(graph)):
         matched, reason = False, ""
         try:
             state = Graph(graph) if state is None else state
-            reason = _replace(state, anchor, kind)
+            reason = _replace(state, anchor, kind, refused)
             matched, state = True, None
         except NotUnderstood as why:
             reason = str(why)
@@ -103,36 +105,50 @@ def _products(softmax: fx.Node) -> Iterator[fx.Node]:
         frontier = following
 
 
-def _replace(graph: Graph, anchor: fx.Node, kind: str) -> str:
+def _replace(graph: Graph, anchor: fx.Node, kind: str, refused: _Refused) -> str:
     """Replace one anchor; raises `NotUnderstood` where it stays."""
-    if kind == _CALL:
-        call = _bound_call(anchor)
+    call = _bound_call(anchor) if kind == _CALL else None
     region = graph.region(anchor)
+    compared: frozenset[fx.Node] | None = None
     if not region.names() & BLOCKWISE:
-        raise NotUnderstood("dense attention, not NSA: nothing in its mask is made of block ids")
-    value = tensor(anchor)
-    fake_mode = getattr(value, "fake_mode", None)
+        compared = region.horizons()
+        if not region.may_be_a_band():
+            raise NotUnderstood("dense attention, not NSA: nothing in its mask is made of block ids, nor is it a band")
+        if compared in refused:  # the same mask, in every layer of a dense model
+            raise NotUnderstood(refused[compared])
+    fake_mode = getattr(tensor(anchor), "fake_mode", None)
     if fake_mode is None:
         raise NotUnderstood("its value was not captured")
     ev = Evaluator(getattr(fake_mode.shape_env, "guards", ()))
-    if kind == _CALL:
-        traced, pieces = _pieces_of_call(ev, region, call, fake_mode)
-    else:
-        traced = trace(region, [anchor], fake_mode)
-        (result,) = _results(traced)
-        if result.meta["val"].dtype != value.dtype:  # type: ignore[union-attr]
-            raise NotUnderstood("it was captured under another autocast")
-        pieces = of_term(ev, result)
-    proof = prove(pieces)
+    try:
+        traced, pieces = _pieces(ev, region, anchor, call, fake_mode)
+        proof = prove(pieces)
+    except NotUnderstood as why:
+        if compared is not None:
+            refused[compared] = str(why)
+        raise
     builder = Builder(ev, anchor, region, traced, fake_mode)
     try:
-        new, blocks = rewrite(proof, builder, graph)
+        new, words = rewrite(proof, builder, graph)
     except BaseException:
         builder.undo()
         raise
     anchor.replace_all_uses_with(new)
     anchor.graph.erase_node(anchor)
-    return f"recognised as selected attention, blocks of {proof.block_size}{blocks}"
+    return words
+
+
+def _pieces(
+    ev: Evaluator, region: Region, anchor: fx.Node, call: dict[str, Any] | None, fake_mode: Any
+) -> tuple[fx.GraphModule, Pieces]:
+    if call is not None:
+        return _pieces_of_call(ev, region, call, fake_mode)
+    traced = trace(region, [anchor], fake_mode)
+    (result,) = _results(traced)
+    captured = tensor(anchor)
+    if captured is None or result.meta["val"].dtype != captured.dtype:
+        raise NotUnderstood("it was captured under another autocast")
+    return traced, of_term(ev, result)
 
 
 def _bound_call(node: fx.Node) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,10 +83,12 @@ class Builder:
         """A size as a number or node."""
         if size.constant is not None:
             return size.constant
-        if size not in self.lengths:
-            raise NotUnderstood(f"the size {size} is not one of its operands'")
-        node, axis = self.lengths[size]
-        return self.make(torch.Tensor.size, node, axis)
+        for known, (node, axis) in self.lengths.items():
+            more = (size - known).constant
+            if more is not None:
+                found = self.make(torch.Tensor.size, node, axis)
+                return self.make(operator.add, found, more) if more else found
+        raise NotUnderstood(f"the size {size} is not one of its operands'")
 
     # ---- tensors in an order of axes ----
 

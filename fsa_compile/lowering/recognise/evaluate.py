@@ -24,6 +24,7 @@ __all__ = [
     "Index",
     "NotUnderstood",
     "axis_of",
+    "holds_softmax",
     "is_widening",
     "joined",
     "move",

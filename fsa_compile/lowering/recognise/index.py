@@ -112,8 +112,11 @@ class Poly:
     __rmul__ = __mul__
 
     def divided(self, by: Poly) -> Poly | None:
-        """The exact quotient by a single term, term for term; None where one is not divisible."""
-        parts = [_divide(term, by.terms[0]) for term in self.terms] if len(by.terms) == 1 else [None]
+        """The exact quotient; None where there is none that is found."""
+        if len(by.terms) > 1:
+            whole = _leading(self, by)
+            return whole if self == whole * by else None
+        parts = [_divide(term, by.terms[0]) for term in self.terms] if by.terms else [None]
         return None if any(p is None for p in parts) else Poly.make(p for p in parts if p is not None)
 
     def __floordiv__(self, other: Any) -> Poly:
@@ -150,6 +153,12 @@ def _divide(term: tuple[Monomial, int], by: tuple[Monomial, int]) -> tuple[Monom
     return (tuple(atoms), term[1] // by[1]) if by[1] > 0 and term[1] % by[1] == 0 else None
 
 
+def _leading(p: Poly, d: Poly) -> Poly:
+    """What `p` has of the first term of `d` that is not a constant."""
+    first = next(term for term in d.terms if term[0])
+    return Poly.make(q for q in (_divide(term, first) for term in p.terms) if q is not None)
+
+
 def _rejoined(p: Poly) -> Poly:
     """`den * (num // den) + num % den` is `num` again."""
     terms = dict(p.terms)
@@ -168,6 +177,11 @@ def _rejoined(p: Poly) -> Poly:
 def _divmod(p: Poly, d: Poly) -> tuple[Poly, Poly]:
     if d.constant == 1:
         return p, Poly.of(0)
+    if len(d.terms) > 1:
+        whole = _leading(p, d)
+        rest = p - whole * d
+        if is_nonneg(rest) and is_nonneg(d - rest - 1):
+            return whole, rest
     if (d.constant is not None and d.constant <= 0) or len(d.terms) != 1:
         return Poly.of(Div(p, d)), Poly.of(Mod(p, d))
     if d.constant is not None and p.terms and all(c < 0 or not m for m, c in p.terms) and p.constant is None:
@@ -272,8 +286,21 @@ def is_nonneg(p: Poly) -> bool:
         shifted = shifted + product
     if all(c >= 0 for _, c in shifted.terms):
         return True
-    smaller = _without_quotients(least)
-    return smaller != least and is_nonneg(smaller)
+    for smaller in (_with_one_quotient(least), _without_quotients(least)):
+        if smaller != least and is_nonneg(smaller):
+            return True
+    return False
+
+
+def _with_one_quotient(p: Poly) -> Poly:
+    """A bound of `p` from below: `(num + n) // den <= num // den + ceil(n / den)`."""
+    single = [(monomial[0], c) for monomial, c in p.terms if len(monomial) == 1 and isinstance(monomial[0], Div)]
+    for taken, c in single:
+        for other, added in single:
+            more, by = (taken.num - other.num).constant, taken.den.constant
+            if c < 0 < added and taken.den == other.den and more is not None and by is not None and by > 0:
+                return p + (Poly.of(other) - (-more // by) - Poly.of(taken)) * c
+    return p
 
 
 def _without_quotients(p: Poly) -> Poly:

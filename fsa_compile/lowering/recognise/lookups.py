@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .evaluate import Evaluator, Index, axis_of, joined, value, with_axis
+from .evaluate import Evaluator, Index, axis_of, holds_softmax, joined, value, with_axis
 from .index import Poly, Var, is_nonneg
 from .terms import (
     FALSE,
@@ -104,6 +104,15 @@ def _softmax(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: int, h
     dim = axis_of(len(index), dim)
     name = ev.var("w", ev.shape(x)[dim])
     return Softmax(name, ev.value(x, with_axis(index, dim, Poly.of(name))), index[dim])
+
+
+@value("nan_to_num.default")
+def _nan_to_num(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, nan: Any = None, posinf: Any = None, neginf: Any = None
+) -> Term | None:
+    """Of probabilities, of which none is infinite."""
+    found = ev.value(x, index) if nan in (None, 0) else None
+    return apply("finite", found) if found is not None and holds_softmax(found) else None
 
 
 @value("bmm.default", "mm.default")

@@ -1,4 +1,4 @@
-"""Whether an attention's mask is "block `j // block_size` is one that the query selected, and `j <= i`"."""
+"""Whether an attention is one of NSA's branches: which keys it sees, and which axes are batch, heads and queries."""
 
 from __future__ import annotations
 
@@ -6,52 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .bands import Band, band, horizons
 from .evaluate import NotUnderstood
-from .index import Div, Mod, Poly, Var, atoms_of, is_nonneg, variables
+from .index import Div, Mod, Poly, Var, atoms_of
 from .scores import Pieces
-from .terms import (
-    And,
-    Apply,
-    At,
-    Const,
-    Equal,
-    Exists,
-    Int,
-    NonNeg,
-    Not,
-    Or,
-    Term,
-    all_of,
-    free,
-    replaced,
-)  # fmt: skip
+from .selection import Selection, selection
+from .terms import And, Apply, At, Const, Equal, Exists, Int, NonNeg, Not, Or, free, replaced
 
-__all__ = ["Fixed", "Listed", "Proof", "conjuncts", "is_implied", "prove"]
-
-_MOST_FIXED = 64
-_AN_INPUT = "a mask that is an input, such as a padding mask"
+__all__ = ["Proof", "Roles", "prove"]
 
 
 @dataclass(frozen=True)
-class Listed:
-    """Blocks `ids - shift` for every value of `slot`, where `valid`."""
-
-    slot: Var
-    ids: At
-    shift: int
-    valid: Term
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """One block that follows from the query's position."""
-
-    block: Poly
-
-
-@dataclass(frozen=True)
-class Proof:
-    """An attention that is selected attention, in the roles of its axes."""
+class Roles:
+    """What each axis of an attention is."""
 
     pieces: Pieces
     axes: tuple[tuple[Var, ...], ...]  # of each of the result's axes, the variables that it counts, slowest first
@@ -59,23 +26,38 @@ class Proof:
     head: Var | None  # of keys and values
     group: Var | None  # query heads of one key/value head
     query: Var
-    block_size: int
-    blocks: tuple[Listed | Fixed, ...]
-    never_empty: bool
     keys_by_query_head: bool  # keys and values have a head for each query head, the selection has one for each group
+
+
+@dataclass(frozen=True)
+class Proof:
+    """An attention, and which keys it sees."""
+
+    roles: Roles
+    sees: Selection | Band
 
 
 def prove(pieces: Pieces) -> Proof:
     """The proof; raises `NotUnderstood` with the first reason why there is none."""
     if isinstance(pieces.visible, Const):
         raise NotUnderstood("its mask does not depend on anything")
-    query, offset = _causal(pieces)
-    if pieces.key.size - query.size != offset:
+    found = horizons(pieces.visible, pieces.key, [x for x in pieces.out if x != pieces.feature])
+    nearest = found[0]
+    for one in found[1:]:
+        nearest = one if one.is_stricter(nearest) else nearest
+    query, reach = nearest.query, nearest.reach
+    if nearest.stride == 1 and pieces.key.size - query.size != reach:
         raise NotUnderstood(
-            f"its causal mask lets query i see keys up to i + {offset}, not to its own position counted from the end"
+            f"its causal mask lets query i see keys up to i + {reach}, not to its own position counted from the end"
         )
+    sees: Selection | Band | None = band(pieces.visible, pieces.key, nearest)
     pieces, axes = _split(pieces, query)
-    block_size, blocks, never_empty = _selection(pieces, query, offset)
+    if sees is None:
+        sees = selection(pieces, query, reach)
+    return Proof(_roles(pieces, axes, query), sees)
+
+
+def _roles(pieces: Pieces, axes: tuple[tuple[Var, ...], ...], query: Var) -> Roles:
     by_query_head = False
     others = [x for axis in axes for x in axis if x not in (query, pieces.feature)]
     shared = free(pieces.k) | free(pieces.v)
@@ -98,33 +80,7 @@ def prove(pieces: Pieces) -> Proof:
         head = rest[0]
     if (group is not None and group.size.constant is None) or (head is not None and head.size.constant is None):
         raise NotUnderstood("its number of heads is not a constant")
-    return Proof(pieces, axes, batch, head, group, query, block_size, blocks, never_empty, by_query_head)
-
-
-def conjuncts(x: Term) -> tuple[Term, ...]:
-    """The terms that all have to hold."""
-    return x.parts if isinstance(x, And) else (x,)
-
-
-def _causal(pieces: Pieces) -> tuple[Var, Poly]:
-    """The query's axis, and how far it sees beyond its own number: from the literal `i + offset - j >= 0`."""
-    found: list[tuple[Var, Poly]] = []
-    for part in conjuncts(pieces.visible):
-        if not isinstance(part, NonNeg) or dict(part.poly.terms).get((pieces.key,)) != -1:
-            continue
-        rest = part.poly + Poly.of(pieces.key)
-        for x in pieces.out:
-            offset = rest - Poly.of(x)
-            if x not in (pieces.feature,) and x in variables(rest) and not variables(offset):
-                found.append((x, offset))
-    if not found:
-        given = any(isinstance(part, At) and pieces.key in free(part) for part in conjuncts(pieces.visible))
-        hint = "; a part of it is an input, such as one made outside of a checkpointed function" if given else ""
-        raise NotUnderstood(f"its mask is not causal token by token (key <= query){hint}")
-    best = found[0]
-    for one in found[1:]:  # the strictest
-        best = one if one[0] == best[0] and is_nonneg(best[1] - one[1]) else best
-    return best
+    return Roles(pieces, axes, batch, head, group, query, by_query_head)
 
 
 def _split(pieces: Pieces, query: Var) -> tuple[Pieces, tuple[tuple[Var, ...], ...]]:
@@ -179,146 +135,3 @@ def _indices(x: Any) -> Iterator[Poly]:
     elif isinstance(x, Apply):
         for part in x.args:
             yield from _indices(part)
-
-
-# ---- the selection ----
-
-
-def _selection(pieces: Pieces, query: Var, offset: Poly) -> tuple[int, tuple[Listed | Fixed, ...], bool]:
-    key, position = Poly.of(pieces.key), Poly.of(query) + offset
-    left = [part for part in conjuncts(pieces.visible) if not is_implied(part, key, position)]
-    if not left:
-        raise NotUnderstood("its mask is only causal: dense attention")
-    selections = [part for part in left if _has_list(part)]
-    others = [part for part in left if not _has_list(part)]
-    if not selections:
-        raise NotUnderstood(f"its mask is not made of a list of block ids ({_why(others[0], pieces)})")
-    if others:
-        raise NotUnderstood(f"its mask also hides keys otherwise ({_why(others[0], pieces)})")
-    if len(selections) > 1:
-        raise NotUnderstood("its mask wants a key's block in two lists at once")
-    options = selections[0].parts if isinstance(selections[0], Or) else (selections[0],)
-    sizes = {_block_size(option, pieces.key) for option in options if _has_list(option)}
-    if len(sizes) != 1:
-        raise NotUnderstood("its lists are of blocks of different sizes")
-    (block_size,) = sizes
-    if block_size < 16 or block_size & (block_size - 1):
-        raise NotUnderstood(f"its block size is {block_size}, not a power of two of at least 16")
-    block = key // block_size
-    blocks: list[Listed | Fixed] = []
-    for option in options:
-        blocks += _blocks(option, key, position, block, block_size, pieces)
-    fixed = [x.block for x in blocks if isinstance(x, Fixed)]
-    never_empty = is_nonneg(position) and any(x in (Poly.of(0), position // block_size) for x in fixed)
-    return block_size, tuple(blocks), never_empty
-
-
-def _has_list(x: Term) -> bool:
-    return isinstance(x, Exists) or (isinstance(x, (And, Or)) and any(map(_has_list, x.parts)))
-
-
-def is_implied(part: Term, key: Poly, position: Poly) -> bool:
-    """Whether `key <= position` implies it."""
-    if not isinstance(part, NonNeg):
-        return False
-    if is_nonneg(part.poly - (position - key)):
-        return True
-    for atom in atoms_of(part.poly):
-        if isinstance(atom, Div) and atom.den.constant and atom.num == key:
-            by = atom.den.constant
-            if is_nonneg(part.poly - (position // by - key // by)):
-                return True
-    return False
-
-
-def _why(part: Term, pieces: Pieces) -> str:
-    if isinstance(part, NonNeg):
-        if dict(part.poly.terms).get((pieces.key,)) == 1:
-            return "keys far behind the query, as a window does"
-        return "by position"
-    if isinstance(part, Not):
-        return "keys of listed blocks are hidden, not shown" if _has_list(part.part) else _AN_INPUT
-    if isinstance(part, At):
-        return _AN_INPUT
-    if isinstance(part, Or):
-        return "several conditions of which one suffices"
-    return "a comparison of values"
-
-
-def _hits(option: Term) -> tuple[Exists, list[Term], list[Term]]:
-    """The list, its conditions, and the conditions outside."""
-    parts = conjuncts(option)
-    lists = [x for x in parts if isinstance(x, Exists)]
-    if len(lists) != 1:
-        raise NotUnderstood("its list of blocks comes with conditions that are not looked through")
-    inner = list(conjuncts(lists[0].body))
-    return lists[0], inner, [x for x in parts if x is not lists[0]]
-
-
-def _hit(found: Exists, inner: list[Term], key: Var) -> tuple[Equal, Term, Poly]:
-    """The comparison of an id with a block: itself, the id, the block."""
-    for part in inner:
-        if isinstance(part, Equal) and isinstance(part.right, Int) and found.var in free(part.left):
-            if key in variables(part.right.poly):
-                return part, part.left, part.right.poly
-    raise NotUnderstood("its mask does not compare a list of ids with the block of a key")
-
-
-def _block_size(option: Term, key: Var) -> int:
-    found, inner, _ = _hits(option)
-    _, _, block = _hit(found, inner, key)
-    for atom in atoms_of(block):
-        if isinstance(atom, Div) and atom.num == Poly.of(key) and atom.den.constant:
-            return atom.den.constant
-    raise NotUnderstood(
-        "its ids are of tokens or of shifted blocks, not of blocks that start at multiples of their size"
-    )
-
-
-def _blocks(
-    option: Term, key: Poly, position: Poly, block: Poly, block_size: int, pieces: Pieces
-) -> Iterator[Listed | Fixed]:
-    if not _has_list(option):
-        yield from _fixed(option, key, position, block, block_size, pieces)
-        return
-    found, inner, outer = _hits(option)
-    hit, ids, column = _hit(found, inner, pieces.key)
-    shift = (column - block).constant
-    if shift is None:
-        raise NotUnderstood("its ids are compared with something else than the block of a key")
-    outer = [part for part in outer if not is_implied(part, key, position)]
-    if isinstance(ids, Apply) and ids.name == "clamped":
-        ids = ids.args[0]
-    if not isinstance(ids, At):
-        raise NotUnderstood("its block ids are computed in a way that is not looked through")
-    valid = [part for part in (*inner, *outer) if part is not hit]
-    if any(pieces.key in free(part) for part in valid) or pieces.key in free(ids):
-        raise NotUnderstood("which ids count depends on the key")
-    yield Listed(found.var, ids, shift, all_of(*valid))
-
-
-def _fixed(option: Term, key: Poly, position: Poly, block: Poly, block_size: int, pieces: Pieces) -> Iterator[Fixed]:
-    """Blocks that every query sees: `j // B == f(i)`, the newest (`j // B >= i // B - c`), the first (`j < c * B`)."""
-    parts = [part for part in conjuncts(option) if not is_implied(part, key, position)]
-    if len(parts) != 1:
-        raise NotUnderstood("its mask also shows keys outside of the listed blocks, under several conditions")
-    part = parts[0]
-    allowed = variables(position)
-    if isinstance(part, Equal) and isinstance(part.left, Int) and isinstance(part.right, Int):
-        difference = part.left.poly - part.right.poly
-        for sign in (1, -1):
-            rest = block - difference * sign
-            if variables(rest) <= allowed:
-                yield Fixed(rest)
-                return
-    if isinstance(part, NonNeg):
-        newest = position // block_size - block
-        behind = (part.poly + newest).constant  # block >= position // B - behind
-        if behind is not None and 0 <= behind < _MOST_FIXED:
-            yield from (Fixed(position // block_size - n) for n in range(behind + 1))
-            return
-        for first in range(1, _MOST_FIXED):
-            if part.poly in (Poly.of(first * block_size - 1) - key, Poly.of(first - 1) - block):
-                yield from (Fixed(Poly.of(n)) for n in range(first))
-                return
-    raise NotUnderstood(f"its mask also shows keys outside of the listed blocks ({_why(part, pieces)})")

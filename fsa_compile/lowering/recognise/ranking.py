@@ -1,4 +1,4 @@
-"""Block ids that are the top-k of block scores: whether a query's own block is always one, and `fsa::select_blocks`.
+"""Block ids that are the top-k of block scores: whether a query's own block is always one.
 
 What a top-k is taken of is cut out and evaluated on its own. NaN ranks first in a top-k, and is not -inf: what is
 proven holds whatever the scores are.
@@ -16,15 +16,14 @@ from torch import fx
 from .build import Builder
 from .evaluate import NotUnderstood
 from .index import Poly, Var, is_nonneg, variables
-from .prove import Listed, Proof, conjuncts, is_implied
-from .region import Graph, Region, function_name, tensor, trace, written
-from .scores import Scores, factor
-from .terms import FALSE, TRUE, Apply, At, Const, Int, Reduce, Term, free, replaced
+from .prove import Roles
+from .region import Graph, Region, function_name, tensor, trace
+from .selection import Listed
+from .terms import TRUE, Const, Int, Term, replaced
 
-__all__ = ["Ranked", "rank", "select", "top_of"]
+__all__ = ["FORCED", "HIDDEN", "Positions", "Ranked", "rank", "top_of"]
 
-_MOST_LOCAL = 64
-_HIDDEN, _FORCED = Const(-math.inf), Const(math.inf)
+HIDDEN, FORCED = Const(-math.inf), Const(math.inf)
 _INDEX, _SCORE = object(), object()  # an element of a top-k's two results
 _UNKNOWN = object()
 
@@ -42,7 +41,7 @@ class Ranked:
     dead_is_hidden: bool  # a listed block whose score is -inf counts for nothing
 
 
-def rank(graph: Graph, b: Builder, proof: Proof, one: Listed) -> Ranked:
+def rank(graph: Graph, b: Builder, roles: Roles, block_size: int, one: Listed) -> Ranked:
     """What a list's ids are the top-k of; raises `NotUnderstood` if a query may be left without a key."""
     follow = _Follow(graph, b, one)
     live = follow.value(one.ids.node, False)
@@ -63,13 +62,13 @@ def rank(graph: Graph, b: Builder, proof: Proof, one: Listed) -> Ranked:
         raise NotUnderstood("its block ids are not all that the topk gives for the query")
     index = tuple(Poly.of(block) if d == dim else p for d, p in enumerate(one.ids.index))
     score = b.ev.value(of[0], index)
-    at = _Positions(b, proof)
-    beyond, newest = b.ev.var("x", block.size), (proof.pieces.key.size - 1) // proof.block_size
-    if replaced(score, at.where(Poly.of(at.block), block, at.block_poly + beyond + 1)) != _HIDDEN:
+    at = Positions(b, roles, block_size)
+    beyond, newest = b.ev.var("x", block.size), (roles.pieces.key.size - 1) // block_size
+    if replaced(score, at.where(Poly.of(at.block), block, at.block_poly + beyond + 1)) != HIDDEN:
         raise NotUnderstood("blocks of the future are not scored -inf before the topk")
-    if replaced(score, at.where(at.block_poly, block, at.block_poly)) != _FORCED:
+    if replaced(score, at.where(at.block_poly, block, at.block_poly)) != FORCED:
         raise NotUnderstood("the query's own block is not scored +inf before the topk")
-    if not is_nonneg(proof.pieces.key.size - proof.query.size) or not is_nonneg(block.size - 1 - newest):
+    if not is_nonneg(roles.pieces.key.size - roles.query.size) or not is_nonneg(block.size - 1 - newest):
         raise NotUnderstood("not every key has a block of its own")
     dead = follow.value(one.ids.node, True)
     out_of_range = isinstance(dead, Poly) and (is_nonneg(dead * -1 - 1) or is_nonneg(dead - newest - 1))
@@ -108,13 +107,13 @@ def _number(b: Builder, number: Any, blocks: Poly) -> int | None:
     return numbers[0]
 
 
-class _Positions:
+class Positions:
     """A query's position as `block_size * block + place`."""
 
-    def __init__(self, b: Builder, proof: Proof) -> None:
-        size = proof.pieces.key.size
-        self.size, self.query = proof.block_size, proof.query
-        self.offset = size - proof.query.size
+    def __init__(self, b: Builder, roles: Roles, block_size: int) -> None:
+        size = self.keys = roles.pieces.key.size
+        self.size, self.query = block_size, roles.query
+        self.offset = size - roles.query.size
         self.block = b.ev.var("p", (size - 1) // self.size + 1)
         self.block_poly = Poly.of(self.block)
         self.place = b.ev.var("p", Poly.of(self.size))
@@ -208,112 +207,3 @@ class _Follow:
         """Whether `a < b`, or `a <= b`, for sure; of an index it is known that it is not negative."""
         least = Poly.of(0) if b is _INDEX else b
         return isinstance(a, Poly) and isinstance(least, Poly) and is_nonneg(least - a - (0 if equal else 1))
-
-
-# ---- as the operator ----
-
-
-def select(found: Ranked, b: Builder, outer: Builder, proof: Proof, one: Listed) -> fx.Node:
-    """`select_blocks` in place of the list: ids (batch, seq_len, heads, slots); raises `NotUnderstood`.
-
-    Args:
-        found: what the list is the top-k of.
-        b: makes nodes before the top-k, where the scores' operands are still what they were.
-        outer: makes the nodes of the attention.
-        proof: the attention.
-        one: the list.
-    """
-    if not found.dead_is_hidden:
-        raise NotUnderstood("a block whose score is -inf may count")
-    if found.number is None:
-        raise NotUnderstood("the number of blocks that are selected is not a constant")
-    if not _only_here(found, outer):
-        raise NotUnderstood("the topk is also used otherwise, and so are its scores")
-    at = _Positions(b, proof)
-    local, pooled = _forced(found, b, at)
-    if local > found.number:
-        raise NotUnderstood("more blocks are forced than are selected")
-    q, k, key, inner, scale = _operands(pooled, found.block, b, at, proof)
-    group = proof.group if proof.group is not None and proof.group in free(one.ids) else None
-    heads = [proof.head, group]
-    order = (proof.batch, proof.query, *heads, inner)
-    q_node = b.make(torch.flatten, b.laid_out(q, order), 2, 3)
-    b.lengths.update({proof.query.size: (q_node, 1), **({proof.batch.size: (q_node, 0)} if proof.batch else {})})
-    k_node = b.make(torch.flatten, b.laid_out(k, (proof.batch, key, *heads, inner)), 2, 3)
-    b.lengths[key.size] = (k_node, 1)
-    dtype = torch.promote_types(b.fake(q_node).dtype, b.fake(k_node).dtype)
-    sizes = [b.length(proof.batch.size) if proof.batch else 1, -1, math.prod(_count(x) for x in heads), -1]
-    made = []
-    for x in (q_node, k_node):
-        x = x if b.fake(x).dtype == dtype else b.make(torch.Tensor.to, x, dtype)
-        made.append(b.make(torch.Tensor.expand, x, *sizes))
-    options = {
-        "block_size": proof.block_size, "num_selected": found.number, "kernel_size": 1, "kernel_stride": 1,
-        "init_blocks": 0, "local_blocks": local, "scale": scale, "pool": "max",
-        "seq_len_k": None if key.size == proof.query.size else b.length(key.size),
-    }  # fmt: skip
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or b.shape(made[0])[3] > 256:
-        raise NotUnderstood(f"its scores are of {b.shape(made[0])[3]} features in {dtype}")
-    ids = b.make(torch.ops.fsa.select_blocks.default, *made, None, **options)
-    return b.make(torch.Tensor.unflatten, ids, 2, (-1, _count(group)))
-
-
-def _count(x: Var | None) -> int:
-    return 1 if x is None else int(x.size.constant or 1)
-
-
-def _only_here(found: Ranked, outer: Builder) -> bool:
-    """Whether all that is made of the top-k goes into nodes that have no use once the attention is replaced."""
-    inside = set(outer.region.nodes)
-    pending, seen = [found.top], {outer.anchor}
-    while pending:
-        for user in pending.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            pending.append(user)
-            writes = written(user)
-            if user not in inside and (writes or user.is_impure() or user.op in ("call_module", "output")):
-                return False
-            pending += [x for x in writes if isinstance(x, fx.Node)]
-    return True
-
-
-def _forced(found: Ranked, b: Builder, at: _Positions) -> tuple[int, Term]:
-    """How many blocks are forced, up to the query's own and no other; the score of those that are not."""
-    for n in range(1, _MOST_LOCAL + 1):
-        where = at.where(at.block_poly + n, found.block, at.block_poly)
-        if replaced(found.score, where) != _FORCED:
-            break
-    where = at.where(at.block_poly + n + b.ev.var("x", at.block.size), found.block, at.block_poly)
-    rest: Term = found.score
-    while isinstance(rest, Apply) and rest.name == "where":
-        condition, a, other = rest.args
-        if a == _FORCED and replaced(condition, where) == FALSE:
-            rest = other
-        elif other == _HIDDEN and replaced(condition, where) == TRUE:
-            rest = a
-        else:
-            raise NotUnderstood("blocks of the past are forced or hidden")
-    return n, rest
-
-
-def _operands(pooled: Term, block: Var, b: Builder, at: _Positions, proof: Proof) -> tuple[At, At, Var, Var, float]:
-    """Queries and keys of the token scores that are pooled, the key's and the feature's axes, and the scale."""
-    if not isinstance(pooled, Reduce) or pooled.kind != "max" or pooled.var.size.constant != proof.block_size:
-        raise NotUnderstood("its block scores are not the largest of token scores")
-    token = Poly.of(block) * proof.block_size + Poly.of(pooled.var)
-    scores = Scores(pooled.body)
-    position = Poly.of(proof.query) + at.offset
-    if any(not is_implied(part, token, position) for part in conjuncts(scores.visible) if part != TRUE):
-        raise NotUnderstood("its token scores are hidden otherwise than those of the future")
-    (q, by_q), (k, by_k) = map(factor, scores.operands)
-    if block in free(q):
-        q, k = k, q
-    scale = scores.scale * by_q * by_k
-    key = b.ev.var("j", proof.pieces.key.size)
-    k = At(k.node, tuple(Poly.of(key) if p == token else p for p in k.index))
-    inside = {block, pooled.var}
-    if inside & (free(q) | free(k)) or key not in free(k) or proof.query in free(k) or not scale > 0:
-        raise NotUnderstood("its token scores are not products of a query and a key")
-    return q, k, key, scores.inner, scale

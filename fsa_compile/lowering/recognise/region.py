@@ -18,7 +18,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .evaluate import NotUnderstood
 
-__all__ = ["BLOCKWISE", "Graph", "Region", "function_name", "guard_equal", "tensor", "trace", "written"]
+__all__ = [
+    "BLOCKWISE",
+    "Graph",
+    "Region",
+    "function_name",
+    "guard_equal",
+    "guard_not_empty",
+    "tensor",
+    "trace",
+    "written",
+]
 
 # By name, whether a function, a method or an operator. Products of two tensors are left out but for the attention's
 # own; so are `detach`, which is not what it holds, and whatever draws random numbers.
@@ -36,7 +46,7 @@ _POINTWISE = """
     to type type_as float half bfloat16 double bool int long lt le gt ge eq ne __eq__ __ne__ __lt__ __le__
     __gt__ __ge__ less less_equal greater greater_equal not_equal and_ or_ xor inv invert not_ logical_and
     logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_right_shift rshift __and__
-    __or__ __invert__ __rshift__ where masked_fill clamp clamp_min clamp_max clip minimum maximum add sub rsub
+    __or__ __invert__ __rshift__ where masked_fill abs clamp clamp_min clamp_max clip minimum maximum add sub rsub
     subtract neg floordiv floor_divide remainder mod mul truediv div divide multiply isin __add__ __radd__
     __sub__ __rsub__ __mul__ __rmul__ __truediv__ __floordiv__ __mod__ nan_to_num
 """
@@ -54,6 +64,7 @@ BLOCKWISE = frozenset(
     "scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_put index_put_ setitem one_hot any "
     "isin amax max sum".split()
 )
+_HORIZONS = frozenset("lt le gt ge less less_equal greater greater_equal tril triu abs".split())
 _IN_PLACE_OPERATORS = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul setitem".split()
 )
@@ -206,6 +217,22 @@ class Region:
     def names(self) -> set[str]:
         return {function_name(node) for node in self.nodes}
 
+    def horizons(self) -> frozenset[fx.Node]:
+        """Where positions are compared: what a causal mask, a window or a mask of compressed keys is made of."""
+        positional: set[fx.Node] = set()
+        for node in self.nodes:
+            name = function_name(node)
+            sources = [] if name.endswith("_like") or name.startswith("new_") else node.all_input_nodes
+            if all(x in positional or tensor(x) is None for x in sources):
+                positional.add(node)
+        return frozenset(node for node in positional if function_name(node).strip("_") in _HORIZONS)
+
+    def may_be_a_band(self) -> bool:
+        """Whether its mask may be more than causal: cheap, as it is asked of every attention."""
+        found = self.horizons()
+        shapes = [x.shape[-2:] for x in map(tensor, found) if x is not None and x.dim() >= 2]
+        return len(found) > 1 or any(not isinstance(a, int) or not isinstance(b, int) or a != b for a, b in shapes)
+
 
 def _is_allowed(node: fx.Node) -> bool:
     name = function_name(node)
@@ -282,6 +309,12 @@ def guard_equal(a: Any, b: Any) -> None:
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr != b.node.expr:
         if a.node.has_hint() and b.node.has_hint() and a.node.hint == b.node.hint:
             bool(a == b)
+
+
+def guard_not_empty(size: Any) -> None:
+    """A guard that a size is not 0, which what is known of an axis takes for granted."""
+    if isinstance(size, torch.SymInt) and size.node.has_hint() and size.node.hint > 0:
+        bool(size > 0)
 
 
 def _autocast(context: list[tuple[Any, ...]]) -> Any:

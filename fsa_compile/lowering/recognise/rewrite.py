@@ -1,4 +1,4 @@
-"""The replacement: block ids as the operator wants them, the call, and what the user's rows without a key gave."""
+"""The replacement: the operands, the call, and what the user's rows without a key gave."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from .bands import Band
 from .build import Builder
+from .compressed import windows
 from .evaluate import NotUnderstood
-from .index import Poly, Var, variables
-from .prove import Fixed, Listed, Proof
-from .ranking import rank, select, top_of
+from .index import Var
+from .lists import block_indices, ranked
+from .prove import Proof, Roles
 from .region import Graph, tensor
-from .terms import TRUE, free
+from .selection import Listed, Selection
+from .terms import NonNeg, free
 
 __all__ = ["rewrite"]
 
@@ -24,74 +27,113 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_HEAD_DIM = 256
 
 
-def rewrite(proof: Proof, b: Builder, graph: Graph) -> tuple[fx.Node, str]:
-    """Nodes that give what the anchor gives, and words about the block ids."""
-    want = tensor(b.anchor)
-    assert want is not None
-    query, pieces = proof.query, proof.pieces
-    heads = (proof.head, proof.group)
-    by_query_head = proof.keys_by_query_head or (
-        proof.group is not None
-        and any(
-            isinstance(x, Listed) and (proof.group in free(x.ids) or proof.group in free(x.valid)) for x in proof.blocks
-        )
-    )
-    q = _operand(b, pieces.q, (proof.batch, query, *heads, pieces.inner), want)
-    b.lengths.update({query.size: (q, 1), **({proof.batch.size: (q, 0)} if proof.batch else {})})
-    key_heads = heads if proof.keys_by_query_head else (proof.head, None)
-    k = _operand(b, pieces.k, (proof.batch, pieces.key, *key_heads, pieces.inner), want)
-    b.lengths[pieces.key.size] = (k, 1)
-    v = _operand(b, pieces.v, (proof.batch, pieces.key, *key_heads, pieces.feature), want)
-    q, k, v = _one_dtype(b, (q, k, v), want.dtype)
-    k, v = (_whole(b, x, proof) for x in (k, v))
-    group = 1 if proof.group is None else int(proof.group.size.constant or 1)
-    if by_query_head and not proof.keys_by_query_head:
-        k, v = (b.make(torch.repeat_interleave, x, group, 2) for x in (k, v))
-    if max(int(b.shape(x)[3]) for x in (q, k, v)) > _MOST_HEAD_DIM:
-        raise NotUnderstood(f"its head_dim is more than {_MOST_HEAD_DIM}")
-    ranked = _ranked(b, proof, graph)
-    ids, sees = _block_indices(b, proof, ranked, q, heads if by_query_head else (proof.head, None))
-    options: dict[str, Any] = {"block_size": proof.block_size, "scale": pieces.scale}
-    both = b.make(torch.ops.fsa.selected_attention.default, q, k, v, ids, **options)
-    out = b.make(operator.getitem, both, 0)
-    if proof.never_empty or ranked.never_empty:
-        return _as_wanted(b, proof, out, group, want), ranked.words
-    if pieces.fills != {-math.inf}:
-        out = _average_where_empty(b, proof, out, sees, v, 1 if by_query_head else group, ranked.words)
-    elif pieces.empty_is_nan:
-        out = _nan_where_empty(b, proof, out, sees, q, k, v, 1 if by_query_head else group)
-    return _as_wanted(b, proof, out, group, want), ranked.words
+@dataclass
+class _Operands:
+    """Queries, keys and values (batch, length, heads, head_dim), and how many query heads have one key/value head."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    group: int
 
 
 @dataclass
-class _Lists:
-    """Of lists that are the top-k of block scores, what is known or made of them."""
+class _Call:
+    """The operator's results, and what became of queries without a key."""
 
-    graph: Graph
-    selected: dict[Listed, fx.Node]  # ids of `select_blocks`, (batch, seq_len, num_kv_heads, group or 1, slots)
-    never_empty: bool
+    both: fx.Node  # (out, lse)
+    sees: fx.Node | None  # whether a query sees a key, (batch, seq_len, heads) or broadcast; None: each does
     words: str
+    hint: str = ""  # on its block ids
 
 
-def _ranked(b: Builder, proof: Proof, graph: Graph) -> _Lists:
-    lists = _Lists(graph, {}, False, "")
-    for one in proof.blocks:
-        if not isinstance(one, Listed):
-            continue
-        try:
-            found = rank(graph, b, proof, one)
-            lists.never_empty = True
-            inner = Builder(b.ev, found.top, found.region, found.traced, b.fake_mode)
-            b.earlier.append(inner)
-            try:
-                lists.selected[one] = select(found, inner, b, proof, one)
-            except NotUnderstood:
-                inner.undo()
-                raise
-            lists.words = ", chosen by select_blocks"
-        except NotUnderstood as why:
-            lists.words = f"; its block ids are left as they are: {why}"
-    return lists
+def rewrite(proof: Proof, b: Builder, graph: Graph) -> tuple[fx.Node, str]:
+    """Nodes that give what the anchor gives, and words about what it is now."""
+    want = tensor(b.anchor)
+    assert want is not None
+    roles, pieces = proof.roles, proof.roles.pieces
+    x = _operands(b, roles, want, _selects_by_query_head(proof))
+    if isinstance(proof.sees, Selection):
+        call = _selected(b, roles, proof.sees, x, graph)
+    else:
+        call = _banded(b, roles, proof.sees, x)
+    out = b.make(operator.getitem, call.both, 0)
+    if pieces.nan_is_zero:  # whatever made it NaN: a product that is not finite does, too
+        lse = b.make(torch.unsqueeze, b.make(operator.getitem, call.both, 1), -1)
+        out = b.make(torch.where, b.make(torch.lt, lse, math.inf), out, 0.0)
+    if call.sees is None or pieces.empty_is_zero:
+        pass
+    elif pieces.fills != {-math.inf}:
+        out = _average_where_empty(b, roles, out, call, x)
+    elif not pieces.nan_is_zero:
+        out = _nan_where_empty(b, roles, out, call.sees, x)
+    group = 1 if roles.group is None else int(roles.group.size.constant or 1)
+    return _as_wanted(b, roles, out, group, want), call.words
+
+
+def _selects_by_query_head(proof: Proof) -> bool:
+    group, sees = proof.roles.group, proof.sees
+    if group is None or not isinstance(sees, Selection):
+        return False
+    return any(isinstance(x, Listed) and (group in free(x.ids) or group in free(x.valid)) for x in sees.blocks)
+
+
+def _operands(b: Builder, roles: Roles, want: torch.Tensor, repeat: bool) -> _Operands:
+    """The operands; keys and values are repeated for each query head where the selection is one for each."""
+    query, pieces, heads = roles.query, roles.pieces, (roles.head, roles.group)
+    q = _operand(b, pieces.q, (roles.batch, query, *heads, pieces.inner), want)
+    b.lengths.update({query.size: (q, 1), **({roles.batch.size: (q, 0)} if roles.batch else {})})
+    key_heads = heads if roles.keys_by_query_head else (roles.head, None)
+    k = _operand(b, pieces.k, (roles.batch, pieces.key, *key_heads, pieces.inner), want)
+    b.lengths[pieces.key.size] = (k, 1)
+    v = _operand(b, pieces.v, (roles.batch, pieces.key, *key_heads, pieces.feature), want)
+    q, k, v = _one_dtype(b, (q, k, v), want.dtype)
+    k, v = (_whole(b, x, roles) for x in (k, v))
+    group = 1 if roles.group is None else int(roles.group.size.constant or 1)
+    if repeat and not roles.keys_by_query_head:
+        k, v = (b.make(torch.repeat_interleave, x, group, 2) for x in (k, v))
+    if max(int(b.shape(x)[3]) for x in (q, k, v)) > _MOST_HEAD_DIM:
+        raise NotUnderstood(f"its head_dim is more than {_MOST_HEAD_DIM}")
+    return _Operands(q, k, v, 1 if repeat or roles.keys_by_query_head else group)
+
+
+# ---- the calls ----
+
+
+def _selected(b: Builder, roles: Roles, sees: Selection, x: _Operands, graph: Graph) -> _Call:
+    lists = ranked(b, roles, sees, graph)
+    heads = (roles.head, roles.group if x.group == 1 else None)
+    ids, any_seen = block_indices(b, roles, sees, lists, x.q, heads)
+    options: dict[str, Any] = {"block_size": sees.block_size, "scale": roles.pieces.scale}
+    both = b.make(torch.ops.fsa.selected_attention.default, x.q, x.k, x.v, ids, **options)
+    words = f"recognised as selected attention, blocks of {sees.block_size}{lists.words}"
+    if sees.never_empty or lists.never_empty:
+        return _Call(both, None, words)
+    if x.group > 1:
+        any_seen = b.make(torch.repeat_interleave, any_seen, x.group, 2)
+    return _Call(both, any_seen, words, lists.words)
+
+
+def _banded(b: Builder, roles: Roles, sees: Band, x: _Operands) -> _Call:
+    if sees.window is not None:
+        options: dict[str, Any] = {"window_size": sees.window, "scale": roles.pieces.scale}
+        both = b.make(torch.ops.fsa.sliding_window_attention.default, x.q, x.k, x.v, **options)
+        words = f"recognised as sliding-window attention, {sees.window} keys"
+    else:
+        both, words = _compressed(b, roles, sees, x)
+    order = (None, roles.query, None)
+    return _Call(both, None if sees.never_empty else b.truth(NonNeg(sees.nearest), order), words)
+
+
+def _compressed(b: Builder, roles: Roles, sees: Band, x: _Operands) -> tuple[fx.Node, str]:
+    found = windows(sees.horizon, roles.pieces.key.size)
+    k, v = (found.cut(b, one) for one in (x.k, x.v))
+    options = {
+        "kernel_size": found.kernel, "kernel_stride": found.stride, "scale": roles.pieces.scale,
+        "seq_len_k": None if found.length == roles.query.size else b.length(found.length),
+    }  # fmt: skip
+    both = b.make(torch.ops.fsa.compressed_attention.default, x.q, k, v, **options)
+    return both, f"recognised as compressed attention, windows of {found.kernel} every {found.stride}"
 
 
 def _operand(b: Builder, at: Any, order: tuple[Var | None, ...], want: torch.Tensor) -> fx.Node:
@@ -112,145 +154,73 @@ def _one_dtype(b: Builder, operands: tuple[fx.Node, ...], out: torch.dtype) -> l
     return [x if b.fake(x).dtype == dtype else b.make(torch.Tensor.to, x, dtype) for x in operands]
 
 
-def _whole(b: Builder, x: fx.Node, proof: Proof) -> fx.Node:
+def _whole(b: Builder, x: fx.Node, roles: Roles) -> fx.Node:
     """Keys or values that are shared along the batch or the heads, expanded over them."""
     sizes: list[Any] = [-1, -1, -1, -1]
-    for axis, role in ((0, proof.batch), (2, proof.head)):
+    for axis, role in ((0, roles.batch), (2, roles.head)):
         if role is not None and role.size.constant != 1 and b.shape(x)[axis] == 1:
             sizes[axis] = b.length(role.size)
     return x if sizes == [-1] * 4 else b.make(torch.Tensor.expand, x, *sizes)
 
 
-def _block_indices(
-    b: Builder, proof: Proof, ranked: _Lists, q: fx.Node, heads: tuple[Var | None, Var | None]
-) -> tuple[fx.Node, fx.Node]:
-    """Ids (batch, seq_len, heads, slots), int32, none twice, -1 for what a query does not see; whether it sees any."""
-    parts: list[fx.Node] = []
-    query, key = proof.query, proof.pieces.key
-    shape = [b.length(x.size) if x is not None else 1 for x in (proof.batch, query)]
-    shape += [math.prod(int(x.size.constant or 1) for x in heads if x is not None)]
-    for one in proof.blocks:
-        if isinstance(one, Fixed):
-            part = b.numbers(one.block, {query: 1}, 4)
-            if not isinstance(part, fx.Node):
-                part = b.make(torch.full, [1, 1, 1, 1], part, dtype=torch.int64, device=b.fake(q).device)
-            parts.append(b.make(torch.Tensor.expand, part, *shape, 1))
-            continue
-        if one in ranked.selected:
-            part = b.make(torch.Tensor.to, ranked.selected[one], torch.int64)
-        else:
-            part = _listed(b, one, (proof.batch, query, *heads, one.slot))
-        part = b.make(
-            torch.Tensor.expand, part, *shape[:2], *(int(x.size.constant or 1) if x else 1 for x in heads), -1
-        )
-        parts.append(b.make(torch.flatten, part, 2, 3))
-    ids = parts[0] if len(parts) == 1 else b.make(torch.cat, parts, -1)
-    position = b.numbers(Poly.of(query) + (key.size - query.size), {query: 1}, 4)
-    newest = b.make(torch.floor_divide, position, proof.block_size)
-    seen = b.make(torch.logical_and, b.make(torch.ge, ids, 0), b.make(torch.le, ids, newest))
-    ids = b.make(torch.where, seen, ids, -1)
-    if not _distinct(b, proof, ranked) and b.shape(ids)[-1] != 1:
-        # A block counts once in a mask, however often it is listed.
-        ids = b.make(operator.getitem, b.make(torch.sort, ids, -1), 0)
-        first, later = (b.make(operator.getitem, ids, (..., part)) for part in (slice(None, 1), slice(1, None)))
-        before = b.make(operator.getitem, ids, (..., slice(None, -1)))
-        later = b.make(torch.where, b.make(torch.eq, later, before), -1, later)
-        ids = b.make(torch.cat, [first, later], -1)
-    return b.make(torch.Tensor.to, ids, torch.int32), b.make(torch.any, seen, -1)
-
-
-def _listed(b: Builder, one: Listed, order: tuple[Var | None, ...]) -> fx.Node:
-    """A list's ids, with -1 for those that do not count."""
-    part = b.laid_out(one.ids, order)
-    if b.fake(part).dtype not in (torch.int64, torch.int32):
-        raise NotUnderstood(f"its block ids are {b.fake(part).dtype}")
-    part = b.make(torch.Tensor.to, part, torch.int64)
-    if one.shift:
-        part = b.make(torch.sub, part, one.shift)
-    return part if one.valid == TRUE else b.make(torch.where, b.truth(one.valid, order), part, -1)
-
-
-def _distinct(b: Builder, proof: Proof, ranked: _Lists) -> bool:
-    """Whether no id can be listed twice: they are the indices of one top-k, along the axis that is listed."""
-    if len(proof.blocks) != 1 or not isinstance(proof.blocks[0], Listed):
-        return False
-    one = proof.blocks[0]
-    if one in ranked.selected:
-        return True
-    source = b.inputs.get(one.ids.node)
-    top, which = (None, 0) if source is None else top_of(ranked.graph, source)
-    if top is None or which != 1:
-        return False
-    dim = top.kwargs.get("dim", top.args[2] if len(top.args) > 2 else -1)
-    if not isinstance(dim, int):
-        return False
-    along = one.ids.index[dim]
-    rest = [p for d, p in enumerate(one.ids.index) if d != dim % len(one.ids.index)]
-    return along == Poly.of(one.slot) and not any(one.slot in variables(p) for p in rest)
-
-
-def _nan_where_empty(
-    b: Builder, proof: Proof, out: fx.Node, sees: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, group: int
-) -> fx.Node:
+def _nan_where_empty(b: Builder, roles: Roles, out: fx.Node, sees: fx.Node, x: _Operands) -> fx.Node:
     """A softmax of nothing but -inf is NaN, and makes the gradients of every value NaN: so does this."""
-    if group > 1:
-        sees = b.make(torch.repeat_interleave, sees, group, 2)
     sees = b.make(torch.unsqueeze, sees, -1)
-    if not any(t.requires_grad for t in map(tensor, b.region.inputs) if t is not None):
+    if not _is_trained(b):
         return b.make(torch.where, sees, out, math.nan)
     nothing = b.make(torch.where, sees, 0.0, math.nan)
-    heads = int(b.shape(q)[2]) // int(b.shape(k)[2])
+    heads = int(b.shape(x.q)[2]) // int(b.shape(x.k)[2])
 
-    def total(x: fx.Node) -> fx.Node:
-        x = b.make(torch.sum, x, 1, keepdim=True, dtype=torch.float32)
-        return b.make(torch.repeat_interleave, x, heads, 2) if heads > 1 else x
+    def total(one: fx.Node) -> fx.Node:
+        one = b.make(torch.sum, one, 1, keepdim=True, dtype=torch.float32)
+        return b.make(torch.repeat_interleave, one, heads, 2) if heads > 1 else one
 
-    reaches = total(v)
-    if proof.pieces.additive:
-        products = b.make(torch.mul, q, total(k))
+    reaches = total(x.v)
+    if roles.pieces.additive:
+        products = b.make(torch.mul, x.q, total(x.k))
         reaches = b.make(torch.add, reaches, b.make(torch.sum, products, -1, keepdim=True))
     added = b.make(torch.mul, nothing, reaches)
     return b.make(torch.Tensor.to, b.make(torch.add, out, added), b.fake(out).dtype)
 
 
-def _average_where_empty(
-    b: Builder, proof: Proof, out: fx.Node, sees: fx.Node, v: fx.Node, group: int, words: str
-) -> fx.Node:
+def _is_trained(b: Builder) -> bool:
+    return any(t.requires_grad for t in map(tensor, b.region.inputs) if t is not None)
+
+
+def _average_where_empty(b: Builder, roles: Roles, out: fx.Node, call: _Call, x: _Operands) -> fx.Node:
     """A softmax of one number for every key, those of the future too, weighs all values alike."""
-    fills = proof.pieces.fills
-    if len(fills) > 1 or proof.pieces.additive:
+    fills = roles.pieces.fills
+    if len(fills) > 1 or roles.pieces.additive:
         number = min(x for x in fills if x > -math.inf)
         raise NotUnderstood(
             f"hidden scores are {number:g}, which is not the same as -inf where a query sees no key: show each query "
-            f"its own block in the mask, or fill with -inf{words}"
+            f"its own block in the mask, or fill with -inf{call.hint}"
         )
-    if group > 1:
-        sees = b.make(torch.repeat_interleave, sees, group, 2)
-    average = b.make(torch.mean, v, 1, keepdim=True, dtype=torch.float32)
-    heads = int(b.shape(out)[2]) // int(b.shape(v)[2])
+    average = b.make(torch.mean, x.v, 1, keepdim=True, dtype=torch.float32)
+    heads = int(b.shape(out)[2]) // int(b.shape(x.v)[2])
     if heads > 1:
         average = b.make(torch.repeat_interleave, average, heads, 2)
     average = b.make(torch.Tensor.to, average, b.fake(out).dtype)
-    return b.make(torch.where, b.make(torch.unsqueeze, sees, -1), out, average)
+    return b.make(torch.where, b.make(torch.unsqueeze, call.sees, -1), out, average)
 
 
-def _as_wanted(b: Builder, proof: Proof, x: fx.Node, group: int, want: torch.Tensor) -> fx.Node:
+def _as_wanted(b: Builder, roles: Roles, x: fx.Node, group: int, want: torch.Tensor) -> fx.Node:
     """The result (batch, seq_len, num_q_heads, head_dim_v) in the anchor's axes, dtype and strides."""
     x = b.make(torch.Tensor.unflatten, x, 2, (-1, group))
-    roles = [proof.batch, proof.query, proof.head, proof.group, proof.pieces.feature]
+    named = [roles.batch, roles.query, roles.head, roles.group, roles.pieces.feature]
     for at in reversed(range(5)):
-        if roles[at] is None:
+        if named[at] is None:
             x = b.make(torch.squeeze, x, at)
-            del roles[at]
-    order = [v for axis in proof.axes for v in axis]
-    present = [v for v in order if v in roles]
-    if len(present) != len(roles):
+            del named[at]
+    order = [v for axis in roles.axes for v in axis]
+    present = [v for v in order if v in named]
+    if len(present) != len(named):
         raise NotUnderstood("the result lacks an axis")
-    x = b.make(torch.permute, x, [roles.index(v) for v in present])
+    x = b.make(torch.permute, x, [named.index(v) for v in present])
     for dim, v in enumerate(order):
-        if v not in roles:
+        if v not in named:
             x = b.make(torch.unsqueeze, x, dim)
-    for dim, axis in enumerate(proof.axes):
+    for dim, axis in enumerate(roles.axes):
         if len(axis) > 1:
             x = b.make(torch.flatten, x, dim, dim + len(axis) - 1)
     if b.fake(x).dtype != want.dtype:

@@ -11,7 +11,25 @@ from torch import fx
 
 from .evaluate import Evaluator, NotUnderstood, is_widening
 from .index import Poly, Var
-from .terms import Apply, At, Const, Int, Reduce, Softmax, Term, all_of, free, is_low, replaced
+from .terms import (
+    And,
+    Apply,
+    At,
+    Const,
+    Exists,
+    Int,
+    Not,
+    Or,
+    Reduce,
+    Softmax,
+    Term,
+    all_of,
+    exists,
+    free,
+    is_low,
+    negate,
+    replaced,
+)  # fmt: skip
 
 __all__ = ["Pieces", "Scores", "factor", "of_call", "of_term"]
 
@@ -29,7 +47,8 @@ class Pieces:
     v: At
     scale: float
     visible: Term
-    empty_is_nan: bool  # what a row gives that sees no key; otherwise 0
+    empty_is_zero: bool  # what a row gives that sees no key; otherwise what a softmax of `fills` alone does
+    nan_is_zero: bool  # of probabilities
     additive: bool  # hidden by adding, so that the gradient of a hidden score reaches q and k
     fills: frozenset[float]  # what is in place of hidden scores, as the softmax meets it: -inf, or a lowest number
 
@@ -68,8 +87,8 @@ def of_call(
         raise NotUnderstood("its head_dim is not a constant")
     by_size = scale if scale is not None else size**-0.5  # type: ignore[operator]
     return Pieces(
-        (*axes, feature), feature, key, inner, q_at, k_at, v_at, by_size * by_q * by_k, visible, False, not is_bool,
-        frozenset(fills),
+        (*axes, feature), feature, key, inner, q_at, k_at, v_at, by_size * by_q * by_k, visible,
+        set(fills) == {-math.inf}, False, not is_bool, frozenset(fills),
     )  # fmt: skip
 
 
@@ -83,15 +102,15 @@ def of_term(ev: Evaluator, out: fx.Node) -> Pieces:
     if not (isinstance(term, Reduce) and isinstance(term.body, Apply) and term.body.name == "dot"):
         raise NotUnderstood("what follows the softmax is not one product with the values")
     key = term.var
-    weights, value = term.body.args
-    if _softmax_of(value) is not None:
+    weights, value = map(_Weights, term.body.args)
+    if weights.softmax is None:
         weights, value = value, weights
-    softmax = _softmax_of(weights)
-    if softmax is None:
+    softmax = weights.softmax
+    if softmax is None or value.softmax is not None:
         raise NotUnderstood("the probabilities are changed between the softmax and the product with the values")
     if softmax.at != Poly.of(key):
         raise NotUnderstood("the softmax is not over the keys")
-    v, by_v = factor(value)
+    v, by_v = factor(value.term)
     if by_v != 1:
         raise NotUnderstood("its values are scaled")
     found = Scores(replaced(softmax.body, {softmax.var: Poly.of(key)}))
@@ -108,14 +127,55 @@ def of_term(ev: Evaluator, out: fx.Node) -> Pieces:
         raise NotUnderstood("its values have no axis of their own")
     scale = found.scale * by_q * by_k
     return Pieces(
-        axes, feature[0], key, found.inner, q, k, v, scale, found.visible, True, found.additive, frozenset(found.fills)
+        axes, feature[0], key, found.inner, q, k, v, scale, found.visible, weights.are_hidden(found, key),
+        weights.nan_is_zero, found.additive, frozenset(found.fills),
     )  # fmt: skip
 
 
-def _softmax_of(x: Term) -> Softmax | None:
-    while isinstance(x, Apply) and x.name == "cast":
-        x = x.args[0]
-    return x if isinstance(x, Softmax) else None
+class _Weights:
+    """A softmax, perhaps with a number in place of NaN or zeros where a condition does not hold."""
+
+    def __init__(self, x: Term) -> None:
+        self.term = x
+        self.kept: list[Term] = []  # zeros but where these hold
+        self.nan_is_zero = False
+        while isinstance(x, Apply) and x.name in ("cast", "finite", "where"):
+            if x.name == "where":
+                condition, a, b = x.args
+                if _number(a) == 0:
+                    condition, a, b = negate(condition), b, a
+                if _number(b) != 0:
+                    break
+                self.kept.append(condition)
+                x = a
+                continue
+            self.nan_is_zero |= x.name == "finite"
+            x = x.args[0]
+        self.softmax = x if isinstance(x, Softmax) else None
+
+    def are_hidden(self, scores: Scores, key: Var) -> bool:
+        """Whether rows that see no key have weights of zero, and others all that they see; raises if it is neither."""
+        shown = _named(scores.visible)
+        for condition in self.kept:
+            if _named(condition) not in (shown, _named(exists(key, scores.visible))):
+                raise NotUnderstood("the probabilities are changed between the softmax and the product with the values")
+        if (self.kept or self.nan_is_zero) and scores.additive and -math.inf in scores.fills:
+            raise NotUnderstood("-inf is added, which makes gradients NaN where a query sees no key: fill with it")
+        return bool(self.kept)
+
+
+def _number(x: Term) -> Any:
+    return x.poly.constant if isinstance(x, Int) else x.value if isinstance(x, Const) else None
+
+
+def _named(x: Any, depth: int = 0) -> Any:
+    """A condition with bound variables that are named by their depth, and no order of what is joined."""
+    if isinstance(x, Exists):
+        bound = Var(f"bound{depth}", x.var.size)
+        return Exists(bound, _named(replaced(x.body, {x.var: Poly.of(bound)}), depth + 1))
+    if isinstance(x, (And, Or)):
+        return type(x).__name__, frozenset(_named(part, depth) for part in x.parts)
+    return ("not", _named(x.part, depth)) if isinstance(x, Not) else x
 
 
 def factor(x: Term) -> tuple[At, float]:

@@ -16,8 +16,8 @@ from .index import Poly, Var, is_nonneg, substitute, variables
 
 __all__ = [
     "And", "Apply", "At", "Const", "Equal", "Exists", "Int", "NonNeg", "Not", "Or", "Reduce", "Softmax", "Term",
-    "all_of", "any_of", "apply", "compare", "equal", "exists", "free", "negate", "nonneg", "reduced", "replaced",
-    "where",
+    "all_of", "any_of", "apply", "compare", "conjuncts", "equal", "exists", "free", "negate", "nonneg", "reduced",
+    "replaced", "where",
 ]  # fmt: skip
 
 
@@ -188,6 +188,11 @@ def any_of(*parts: Term) -> Term:
     return _flat(Or, parts, FALSE, TRUE)
 
 
+def conjuncts(x: Term) -> tuple[Term, ...]:
+    """The terms that all have to hold."""
+    return x.parts if isinstance(x, And) else (x,)
+
+
 def exists(var: Var, body: Term) -> Term:
     """Whether `body` holds for some `var`: what does not depend on it is taken out, equalities with it solved."""
     if isinstance(body, Or):
@@ -236,7 +241,13 @@ def compare(op: str, a: Term, b: Term) -> Term:
     x, y = _number(a), _number(b)
     if x is not None and y is not None:
         return Const(_NUMBERS[op](x, y))
-    if isinstance(a, Apply) and a.name == "where" and y is not None:
+    if isinstance(a, Int) and isinstance(b, Apply) and op in _SWAPPED:
+        return compare(_SWAPPED[op], b, a)
+    if isinstance(a, Apply) and isinstance(b, Int) and a.name == "abs" and op in _SWAPPED:
+        if op in ("gt", "ge"):
+            return negate(compare("le" if op == "gt" else "lt", a, b))
+        return all_of(*(compare(op, Int(a.args[0].poly * sign), b) for sign in (1, -1)))
+    if isinstance(a, Apply) and a.name == "where" and (y is not None or _of_indices(a, b)):
         return where(a.args[0], compare(op, a.args[1], b), compare(op, a.args[2], b))
     if isinstance(a, Apply) and a.name == "truth" and y is not None:  # a truth value as the number 0 or 1
         return where(a.args[0], Const(_NUMBERS[op](1, y)), Const(_NUMBERS[op](0, y)))
@@ -251,6 +262,13 @@ def compare(op: str, a: Term, b: Term) -> Term:
     if op == "ne":
         return negate(equal(a, b))
     return Apply(op, (a, b))
+
+
+_SWAPPED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
+
+
+def _of_indices(x: Apply, other: Term) -> bool:
+    return isinstance(other, Int) and all(isinstance(one, Int) for one in x.args[1:])
 
 
 def _number(x: Term) -> Any:

@@ -211,6 +211,12 @@ def _shift(ev: Evaluator, node: fx.Node, index: Index, a: Any, b: Any) -> Term |
     return None
 
 
+@value("abs.default")
+def _abs(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node) -> Term | None:
+    found = ev.value(x, index)
+    return apply("abs", found) if isinstance(found, Int) else None
+
+
 def _sum(ev: Evaluator, node: fx.Node, a: Term, b: Term, sign: int) -> Term | None:
     if isinstance(a, Int) and isinstance(b, Int) and not is_float(node):
         return Int(a.poly + b.poly * sign) if node.meta["val"].dtype in _WIDE else None
