@@ -128,7 +128,7 @@ def test_sites_say_where(device: str) -> None:
     assert all(site.where in [f"{__file__}:{line + i}" for i in range(1, 4)] for site in sites)
     assert all(site.matched == (device == "cuda") for site in sites)
     (site,) = [site for site in sites if site.op == "fsa::selected_attention"]
-    assert set(site.costs) == ({"fsa", "nsa"} if site.matched else set())
+    assert set(site.costs) == (set(cost.LOOP_ORDERS) if site.matched else set())
 
 
 # ---- the slot ----
