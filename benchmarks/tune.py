@@ -79,14 +79,14 @@ def main() -> None:
             done.add(name)
             times = tune(kernel, plan, args.rounds)
             for ms, config in times:
-                options = {"tiles": str(config.tiles), "num_warps": config.num_warps, "num_stages": config.num_stages}
+                options = {"tiles": str(config.tiles), **config.options}
                 rows.append({"group": group, "kernel": kernel.name, **options, "ms": ms})
             best = sorted(times, key=lambda item: item[0])
             for ms, config in best[:3]:
                 print(f"{kernel.name} G={group} {ms:.3f} ms (heuristic {times[0][0]:.3f}) {config}", flush=True)
             if best[0][0] * GAIN < times[0][0]:
                 winner = best[0][1]
-                entry = [winner.tiles, winner.num_warps, winner.num_stages]
+                entry = [winner.tiles, winner.num_warps, winner.num_stages, winner.max_registers]
                 table.setdefault(kernel.name, {})[key(plan.sizes)] = entry
         del found
         torch.cuda.empty_cache()

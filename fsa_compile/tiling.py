@@ -24,11 +24,21 @@ class Device(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """Hardware tiles of one kernel by constexpr name, warps of a program, software-pipelining depth."""
+    """Hardware tiles of one kernel by constexpr name, warps of a program, software-pipelining depth.
+
+    max_registers: what a thread may use at most, so that more programs share a multiprocessor; not on AMD.
+    """
 
     tiles: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told besides the tiles."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
 
 
 def next_power_of_2(n: int) -> int:
@@ -80,7 +90,7 @@ def union_tokens(gqa_group_size: int, num_selected: int, itemsize: int) -> int:
 
 
 def tuned_file(device_name: str) -> Path:
-    """The table of measured configurations of a GPU: ``{kernel: {sizes: [tiles, num_warps, num_stages]}}``."""
+    """The table of measured configurations of a GPU: ``{kernel: {sizes: fields of Config, in order}}``."""
     slug = "".join(c if c.isalnum() else "_" for c in device_name.lower())
     return Path(__file__).resolve().parent / "templates" / "tuned" / f"{slug}.json"
 
@@ -100,4 +110,4 @@ def key(sizes: Any) -> str:
 def configured(kernel: str, heuristic: Callable[[Any, Device], Config], sizes: Any, device: Device) -> Config:
     """The measured configuration of ``kernel`` for ``sizes`` on ``device``; the heuristic's where none was measured."""
     found = _tuned(device.name).get(kernel, {}).get(key(sizes))
-    return Config(found[0], found[1], found[2]) if found else heuristic(sizes, device)
+    return Config(*found) if found else heuristic(sizes, device)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch._inductor.config as _config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .registers import limit_registers
 
 __all__ = [
     "CustomGraphPass",
@@ -232,12 +235,18 @@ def _kernel_type(imports: str) -> type:
         @classmethod
         @functools.cache
         def gen_common_triton_imports(cls) -> str:
-            return f"{super().gen_common_triton_imports()}\n{imports}\n"
+            limits = f"from {limit_registers.__module__} import {limit_registers.__name__}"
+            return f"{super().gen_common_triton_imports()}\n{imports}\n{limits}\n"
 
         @property
         def index_dtype(self) -> str:
             # Type of the dynamic sizes. Strides are products of them, and may pass 2**31 where no size does.
             return "tl.int64"
+
+        def jit_lines(self) -> str:
+            # Inductor's decorator has no word for it.
+            lines, most = super().jit_lines(), self.meta.get("MAX_REGISTERS")
+            return lines if most is None else f"@{limit_registers.__name__}({most})\n{textwrap.dedent(lines).strip()}"
 
         def render(self, template: Any, kwargs: dict[str, Any], *args: Any) -> Any:
             self._numbers_from = kwargs.get("NUMBERS_FROM", 0)

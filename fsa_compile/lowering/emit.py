@@ -129,6 +129,7 @@ def _choose(
             call_sizes=numbers,
             num_warps=configuration.num_warps,
             num_stages=configuration.num_stages,
+            MAX_REGISTERS=configuration.max_registers,
             NUMBERS_FROM=len(plan.extent),
             **configuration.tiles,
             **constants,

@@ -135,7 +135,7 @@ class Kernel:
         arguments = {name: argument(value) for name, value in plan.inputs.items()}
         for name, output in plan.outputs.items():
             arguments[name] = None if output.shape is None else outputs[name]
-        self.fn[grid](**arguments, SIZES=plan.sizes, **tiles, num_warps=config.num_warps, num_stages=config.num_stages)
+        self.fn[grid](**arguments, SIZES=plan.sizes, **tiles, **config.options)
 
     @staticmethod
     def allocate(plan: Plan) -> dict[str, Tensor]:

@@ -58,8 +58,7 @@ def compile_record(kernel: Kernel, plan: Plan, config: Config, target: str) -> U
     like = {name: None if output.shape is None else output.dtype for name, output in plan.outputs.items()}
     values = {name: argument(value) for name, value in plan.inputs.items()} | like
     values |= {"SIZES": plan.sizes, **config.tiles}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return _compile(kernel.fn, values, options, target)
+    return _compile(kernel.fn, values, config.options, target)
 
 
 def compile_emitted(code: str) -> list[tuple[list[str], Usage]]:
@@ -77,7 +76,11 @@ def compile_emitted(code: str) -> list[tuple[list[str], Usage]]:
             for pattern in (r"'signature': (\{.*?\})", r"'configs': \[(\{.*?\})\]")
         )
         options = {key: int(re.search(rf"{key}=(\d+)", source)[1]) for key in _OPTIONS}  # type: ignore[index]
-        bare = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n@triton\.jit", "@triton.jit", source, flags=re.DOTALL)
+        limit = re.search(r"@limit_registers\((\d+)\)\n", source)
+        if limit:
+            options["maxnreg"] = int(limit[1])
+        decorators = r"(@limit_registers\(\d+\)\n)?@triton_heuristics\.\w+\(.*?\n\)\n@triton\.jit"
+        bare = re.sub(decorators, "@triton.jit", source, flags=re.DOTALL)
         with tempfile.TemporaryDirectory() as folder:  # Triton reads a function's source from its file
             path = Path(folder) / f"{name}.py"
             path.write_text(bare)

@@ -11,7 +11,6 @@ again with an online softmax.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -197,16 +196,18 @@ def plan(
 
 def heuristic(sizes: BandedSizes, device: Device) -> Config:
     """The configuration that measured best on an H100, or is known to fit."""
-    pipelined = 1 if device.arch == "hip" else 2
+    hip = device.arch == "hip"
+    pipelined = 1 if hip else 2
     if sizes.ITEMSIZE == 4:
         return query_config(sizes, 32, 32, 0, 8, 1)
     if sizes.widest > 128:
         return query_config(sizes, 128, 32, 0, 8, pipelined)
     if sizes.WINDOW > 0:
-        # A window is few tiles, so that filling the pipeline shows: one loop, and small programs to hide it.
-        return query_config(sizes, 64, 32, 0, 4, 1 if device.arch == "hip" else 3)
+        # A window is few tiles, so that filling the pipeline shows: one loop, and small programs, three at a time, to
+        # hide it.
+        return query_config(sizes, 64, 32, 0, 4, 1) if hip else query_config(sizes, 64, 32, 0, 4, 3, 1, 168)
     if device.arch == "sm_90":
-        return query_config(sizes, 256, 64, 32, 16, 3, 2)
+        return query_config(sizes, 128, 64, 32, 8, 2, 2, 128)
     return query_config(sizes, 128, 64, 0, 8, pipelined)
 
 
@@ -216,10 +217,12 @@ def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
     if sizes.ITEMSIZE < 4:
         for block_m, warps, most in ((64, 4, 3), (128, 8, 4), (256, 16, 3)):
             if block_m < 256 or sizes.widest <= 128:
-                for block_n, block_e in itertools.product((32, 64), (0, 32)):
-                    tiles = (block_m, block_n, block_e, warps)
+                for block_e in (0, 32):
+                    tiles = (block_m, 64, block_e, warps)
                     found += [query_config(sizes, *tiles, stages, 2) for stages in range(2, most + 1)]
-    return found
+    if sizes.ITEMSIZE < 4 and sizes.widest <= 128 and device.arch != "hip":
+        found += [query_config(sizes, 64, 32, 0, 4, 3, 1, 168), query_config(sizes, 128, 64, 32, 8, 2, 2, 128)]
+    return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
 BANDED_FWD = Kernel(

@@ -52,7 +52,14 @@ class BandedSizes(NamedTuple):
 
 
 def query_config(
-    sizes: BandedSizes, block_m: int, block_n: int, block_e: int, warps: int, stages: int, edge_stages: int = 1
+    sizes: BandedSizes,
+    block_m: int,
+    block_n: int,
+    block_e: int,
+    warps: int,
+    stages: int,
+    edge_stages: int = 1,
+    max_registers: int | None = None,
 ) -> Config:
     """Of a kernel with a program per query tile.
 
@@ -60,7 +67,7 @@ def query_config(
     """
     tiles = query_tiles(sizes, block_m)
     tiles |= {"BLOCK_N": block_n, "BLOCK_E": block_e, "EDGE_STAGES": edge_stages}
-    return Config(tiles, warps, stages)
+    return Config(tiles, warps, stages, max_registers)
 
 
 def inputs(
