@@ -24,7 +24,7 @@ STACK = 16  # a few bytes of stack are not spills
 SPILL_ALLOWANCE = {
     "selected_bwd_kv_outer": 128,
     "selected_bwd_query_outer": 32,
-    "banded_fwd": 128,
+    "banded_fwd": 192,
     "banded_bwd_dq": 128,
     "banded_bwd_dkv": 448,
     "select_blocks": 64,
@@ -130,7 +130,7 @@ EMITTED: dict[str, tuple[str, list[tuple[int, ...]], dict[str, Any]]] = {
 
 
 # dk and dv of compressed keys spill less as a template; with 424 bytes of stack the backward took twice as long.
-EMITTED_SPILL_ALLOWANCE = 128
+EMITTED_SPILL_ALLOWANCE = 192
 
 
 @pytest.mark.slow

@@ -207,7 +207,7 @@ def heuristic(sizes: BandedSizes, device: Device) -> Config:
         # hide it.
         return query_config(sizes, 64, 32, 0, 4, 1) if hip else query_config(sizes, 64, 32, 0, 4, 3, 1, 168)
     if device.arch == "sm_90":
-        return query_config(sizes, 128, 64, 32, 8, 2, 2, 128)
+        return query_config(sizes, 256, 64, 32, 16, 3, 2)
     return query_config(sizes, 128, 64, 0, 8, pipelined)
 
 
@@ -232,4 +232,5 @@ BANDED_FWD = Kernel(
     grid=query_grid,
     heuristic=heuristic,
     candidates=candidates,
+    fuses_epilogue=False,
 )
