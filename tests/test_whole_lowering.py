@@ -47,7 +47,8 @@ def test_a_forward_is_one_kernel_a_stage_with_the_gates_in_the_last(order: str, 
     assert [site.op.removeprefix("fsa::") for site in sites] == STAGES
     assert all(site.matched for site in sites)
     kernels = emitted(code)
-    # the gates are in the merge of partials, else by themselves; mean compression is one kernel launched twice; the log-sum-exp is made of its two numbers
+    # the gates are in the merge of partials, else by themselves; mean compression is one kernel launched twice; the
+    # log-sum-exp is made of its two numbers
     rest = ["selected", "banded", "selected"] if order == "fsa" else ["selected", "banded", "pointwise"]
     assert [name for name, _ in kernels] == ["compression", "banded", "pointwise", "selection", *rest]
     assert [source.count("sigmoid") for _, source in kernels] == [0] * (len(kernels) - 1) + [3]
