@@ -57,6 +57,20 @@ def test_a_forward_is_one_kernel_a_stage_with_the_gates_in_the_last(order: str, 
     assert called == ({"_block_lists"} if order == "fsa" else set())
 
 
+@pytest.mark.parametrize("name", ["compressed_attention", "sliding_window_attention"])
+def test_without_a_key_there_is_nothing_to_launch(name: str) -> None:
+    options: dict[str, Any] = {"seq_len_k": 20} if name == "compressed_attention" else {"window_size": 8}
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return getattr(torch.ops.fsa, f"{name}_forward")(q, k, v, **options)
+
+    harness = Harness()
+    q, k = harness.tensor(1, 20, 8, 64), harness.tensor(1, 0, 2, 64)
+    code = harness.emit(fn, q, k, k)
+    assert "fsa_compile.templates.banded.forward" not in code
+    assert "torch.ops.fsa" not in code
+
+
 BACKWARD: dict[str, tuple[Any, list[str]]] = {
     "compressed_attention": ({"seq_len_k": 4096}, ["banded"] * 3),  # the sum of splits is one kernel launched twice
     "sliding_window_attention": ({"window_size": 512}, ["banded", "banded"]),

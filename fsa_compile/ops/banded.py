@@ -34,8 +34,10 @@ class Band(NamedTuple):
 def forward(q: Tensor, k: Tensor, v: Tensor, band: Band, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, shift, log_sum)``."""
     if isinstance(k.shape[1], int) and k.shape[1] == 0:  # too short for a compressed key; ptxas 12.8 crashes on it
-        nothing = q.new_zeros(q.shape[:3], dtype=torch.float32)
-        return q.new_zeros((*q.shape[:3], v.shape[3])), nothing, torch.full_like(nothing, -torch.inf)
+        # full, as Inductor lowers no other of its kind this late
+        out = torch.full((*q.shape[:3], v.shape[3]), 0.0, dtype=q.dtype, device=q.device)
+        shift, log_sum = (torch.full(q.shape[:3], x, dtype=torch.float32, device=q.device) for x in (0.0, -torch.inf))
+        return out, shift, log_sum
     return _ops._banded_fwd(q, k, v, *kernel_runs(layout), **band._asdict())
 
 
