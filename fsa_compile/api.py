@@ -102,7 +102,8 @@ def nsa_attention(
         (batch, seq_len, num_q_heads, head_dim_v), contiguous, dtype of q.
 
     Raises:
-        ValueError, TypeError: something does not fit; see the module.
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
     """
     return torch.ops.fsa.nsa_attention.default(
         q,
@@ -165,7 +166,8 @@ def selected_attention(
         lse: (batch, seq_len, num_q_heads), float32. Both are differentiable.
 
     Raises:
-        ValueError, TypeError: something does not fit; see the module.
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
     """
     return torch.ops.fsa.selected_attention.default(
         q,
@@ -218,7 +220,8 @@ def compressed_attention(
         lse: (batch, seq_len, num_q_heads), float32. Both are differentiable.
 
     Raises:
-        ValueError, TypeError: something does not fit; see the module.
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
     """
     return torch.ops.fsa.compressed_attention.default(
         q,
@@ -285,7 +288,8 @@ def select_blocks(
         are fewer blocks up to the query's own.
 
     Raises:
-        ValueError, TypeError: something does not fit; see the module.
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
     """
     return torch.ops.fsa.select_blocks.default(
         q,
@@ -337,7 +341,8 @@ def sliding_window_attention(
         lse: (batch, seq_len, num_q_heads), float32. Both are differentiable.
 
     Raises:
-        ValueError, TypeError: something does not fit; see the module.
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
     """
     return torch.ops.fsa.sliding_window_attention.default(
         q,
@@ -381,7 +386,8 @@ def mean_compress(
         kernel_stride`; rows that belong to no sequence are 0.
 
     Raises:
-        ValueError, TypeError: something does not fit; see the module.
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
     """
     return torch.ops.fsa.mean_compress.default(
         x,

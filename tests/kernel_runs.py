@@ -7,7 +7,9 @@ does not know it.
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
+import numpy
 import pytest
 import torch
 import triton
@@ -30,6 +32,17 @@ def patch_the_language_once() -> None:
     everywhere = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     interpreter._patch_lang(everywhere)
     interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
+
+
+def round_sums_once(patch: pytest.MonkeyPatch) -> None:
+    """Make the interpreter's matrix products sums in float64, rounded once, which do not depend on an order."""
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        product = a.data.astype(numpy.float64) @ b.data.astype(numpy.float64)
+        return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 if INTERPRETED:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy
 import pytest
 import torch
-from kernel_runs import INTERPRETED
+from kernel_runs import INTERPRETED, round_sums_once
 from torch import Tensor
 
 from fsa_compile import cost
@@ -29,14 +28,8 @@ def one_order_of_summation() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    from triton.runtime import interpreter
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        product = a.data.astype(numpy.float64) @ b.data.astype(numpy.float64)
-        return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        round_sums_once(patch)
         yield
 
 

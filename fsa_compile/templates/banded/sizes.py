@@ -52,15 +52,9 @@ class BandedSizes(NamedTuple):
 
 
 def query_config(
-    sizes: BandedSizes,
-    block_m: int,
-    block_n: int,
-    block_e: int,
-    warps: int,
-    stages: int,
-    edge_stages: int = 1,
+    sizes: BandedSizes, block_m: int, block_n: int, block_e: int, warps: int, stages: int, edge_stages: int = 1,
     max_registers: int | None = None,
-) -> Config:
+) -> Config:  # fmt: skip
     """Of a kernel with a program per query tile.
 
     ``block_e``: width of masked tiles, which then have loops of their own; 0: one loop, masks where needed.
