@@ -45,17 +45,23 @@ def _query_outer_forward(
 def _kv_outer_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def part(chunk: Chunk) -> tuple[Tensor, ...]:
-        blocks = dense(chunk.of_kv_heads(block_indices), block_indices)
-        qkv = (chunk.of_query_heads(q, group), chunk.of_kv_heads(k), chunk.of_kv_heads(v))
-        where = chunk.of_runs(runs)
-        lists = _ops._block_lists(blocks, *where, seq_len_k=k.shape[1], block_size=sizes["block_size"])
-        partials = _ops._selected_fwd_kv_outer(*qkv, blocks, *lists, *where, **sizes)
-        return _ops._merge_partials(*partials, blocks, *where, seq_len_k=k.shape[1], **sizes)
+    def part(heads: list[Chunk]) -> list[tuple[Tensor, ...]]:
+        where = heads[0].of_runs(runs)
+        keys, values = heads[0].of_kv_heads(k), heads[0].of_kv_heads(v)
+        blocks = dense(heads[0].of_kv_heads(block_indices), block_indices)
+        lists = _ops._block_lists(blocks, *where, **blocks_of)
+        done: list[tuple[Tensor, ...]] = []
+        for chunk in heads:
+            queries = chunk.of_query_heads(q, group)
+            partials = _ops._selected_fwd_kv_outer(queries, keys, values, blocks, *lists, *where, **sizes)
+            done.append(_ops._merge_partials(*partials, blocks, *where, **blocks_of, scale=sizes["scale"]))
+            del partials  # the next take their place
+        return done
 
+    blocks_of = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
     group = q.shape[2] // k.shape[2]
     cut = chunks(q, k, v.shape[3], block_indices.shape[3])
-    out, shift, log_sum = joined([[[part(chunk) for chunk in heads] for heads in rows] for rows in cut])
+    out, shift, log_sum = joined([[part(heads) for heads in rows] for rows in cut])
     return out, shift, log_sum
 
 

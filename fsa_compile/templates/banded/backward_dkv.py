@@ -322,8 +322,8 @@ def heuristic(sizes: BandedSizes, device: Device) -> Config:
         return _config(sizes, 32, 64, True, 8, pipelined)
     if device.arch != "sm_90":
         return _config(sizes, 32, 64, True, 4, pipelined)
-    # A window is few tiles of queries, so that one loop does best.
-    return _config(sizes, 32, 128, True, 8, 3) if sizes.WINDOW > 0 else _config(sizes, 32, 128, False, 8, 3, 2)
+    # A window is few tiles of queries, so that one loop and small programs do best.
+    return _config(sizes, 32, 64, True, 4, 3) if sizes.WINDOW > 0 else _config(sizes, 32, 128, False, 8, 3, 2)
 
 
 def candidates(sizes: BandedSizes, device: Device) -> list[Config]:

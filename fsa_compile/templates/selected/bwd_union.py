@@ -16,7 +16,20 @@ from ..sequences import Rows, Sequences, run_of_tile
 from ..tiles import LOG2E, Statistics, all_finite, columns, dense_strides, dot, finite_part, store_output
 from .sizes import backward_inputs
 from .unions import UNIONS, Unions
-from .walks import Walk, WalkSizes, candidates, grid, heuristic, inputs, key_tile, load_keys, nan_of_walk, walk_of_tile
+from .walks import (
+    Walk,
+    WalkSizes,
+    candidates,
+    grid,
+    heuristic,
+    hides_keys,
+    inputs,
+    is_past,
+    key_tile,
+    load_keys,
+    nan_of_walk,
+    walk_of_tile,
+)
 
 
 @triton.jit
@@ -25,13 +38,16 @@ def _dq_loop(
     CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     for i in tl.range(0, walk.tiles, num_stages=STAGES):
-        keys, visible = key_tile(walk, i, SIZES)
+        start, keys, chosen = key_tile(walk, i, SIZES)
         k = load_keys(k_base, k_stride, keys, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         v = load_keys(v_base, v_stride, keys, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
-        ds = tl.exp2(tl.fma(scores, factor, minus[:, None])) * (dot(grad_out, tl.trans(v)) - delta[:, None])
-        ds = tl.where(visible, ds, 0.0)
+        weights = tl.exp2(tl.fma(scores, factor, tl.where(chosen, minus, float("-inf"))[:, None]))
+        ds = weights * (dot(grad_out, tl.trans(v)) - delta[:, None])
+        if CAREFUL | hides_keys(walk, start, SIZES):
+            ds = tl.where(is_past(walk, start, SIZES), ds, 0.0)
         if CAREFUL:
+            ds = tl.where(chosen[:, None], ds, 0.0)
             k = finite_part(k)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq

@@ -1,35 +1,85 @@
-"""Query-tile order, forward: one program per query tile and key/value head walks the union of its tokens' blocks."""
+"""Query-tile order, forward: one program per query tile and key/value head walks the union of its tokens' blocks.
+
+A row's weights are taken relative to the largest score of the first of its blocks, as in ``banded/forward.py``. One
+that did not select a block gets a shift of infinity there: a number a row where a mask would be one an element.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from ...tiling import Config, Device
 from ..kernel import SEQUENCES, Kernel, Output, Plan
-from ..query_tiles import LOWEST, keys_base, load_rows, place_of_tile, softmax_end, softmax_step
+from ..query_tiles import (
+    LOWEST,
+    exponent_shift,
+    keys_base,
+    load_rows,
+    place_of_tile,
+    softmax_end,
+    softmax_step,
+)
 from ..sequences import Rows, Sequences, run_of_tile
 from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, store_output
+from . import walks
 from .unions import UNIONS, Unions
-from .walks import Walk, WalkSizes, candidates, grid, heuristic, inputs, key_tile, load_keys, nan_of_walk, walk_of_tile
+from .walks import (
+    Walk,
+    WalkSizes,
+    candidates,
+    grid,
+    hides_keys,
+    inputs,
+    is_past,
+    key_tile,
+    load_keys,
+    nan_of_walk,
+    walk_of_tile,
+)
+
+
+# Where a sum of weights is more, one of them may have been too large.
+MUCH = tl.constexpr(65536.0)
 
 
 @triton.jit
 def _fwd_loop(
     q, k_base, k_stride, v_base, v_stride, walk: Walk, factor, acc, row_max, row_sum, SIZES: tl.constexpr,
-    CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+    CAREFUL: tl.constexpr, FIXED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """FIXED: a row's ``row_max`` is that of the first tile in which it sees a key, and stays."""
+    minus = -exponent_shift(row_max, factor)
+    pending = True
     for i in tl.range(0, walk.tiles, num_stages=STAGES):
-        keys, visible = key_tile(walk, i, SIZES)
+        start, keys, chosen = key_tile(walk, i, SIZES)
         k = load_keys(k_base, k_stride, keys, SIZES.HEAD_DIM, SIZES.BLOCK_D)
-        scores = tl.where(visible, dot(q, tl.trans(k)), float("-inf"))  # [BLOCK_M, BLOCK_N]
-        p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, factor)
+        scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        if CAREFUL:
+            scores = tl.where(chosen[:, None], scores, float("-inf"))
+        if CAREFUL | hides_keys(walk, start, SIZES):
+            scores = tl.where(is_past(walk, start, SIZES), scores, float("-inf"))
+        if FIXED:
+            if pending:
+                first = chosen & (row_max == LOWEST)
+                row_max = tl.where(first, tl.maximum(tl.max(scores, 1), LOWEST), row_max)
+                minus = -exponent_shift(row_max, factor)
+                pending = tl.min(row_max, 0) == LOWEST
+            p = tl.exp2(tl.fma(scores, factor, tl.where(chosen, minus, float("-inf"))[:, None]))
+            row_sum += tl.sum(p, 1)
+        else:
+            if not CAREFUL:
+                scores = tl.where(chosen[:, None], scores, float("-inf"))
+            p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, factor)
+            acc = acc * decay[:, None]
         v = load_keys(v_base, v_stride, keys, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
         if CAREFUL:
             v = finite_part(v)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, row_max, row_sum
 
 
@@ -51,19 +101,33 @@ def selected_fwd_union_tile(
     queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     factor = scale * LOG2E
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
-    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    FIXED: tl.constexpr = q.ptr.dtype.element_ty != tl.float16  # whose exponents leave too little room
+    # Rows that are not there wait for no block.
+    unseen = tl.where(place.exists, LOWEST, 0.0)
+    nothing = tl.zeros([BLOCK_M], tl.float32)
     acc, row_max, row_sum = _fwd_loop(
-        queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, acc, row_max, row_sum, SIZES, False, None
-    )
-    if not all_finite(acc):  # a value that some row does not see can only do harm if it is not finite
-        row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        acc = nan_of_walk(v_base, v.strides[1], walk, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
+        queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
+        unseen, nothing, SIZES, False, FIXED, None,
+    )  # fmt: skip
+    if not (all_finite(acc) & all_finite(row_sum)):
+        # What is not finite may come of a key or value that a row does not see, which must not notice.
+        lost = nan_of_walk(v_base, v.strides[1], walk, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, acc, row_max, row_sum, SIZES, True, 1
-        )
+            queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, lost, unseen, nothing, SIZES, True,
+            FIXED, 1,
+        )  # fmt: skip
+        if FIXED:
+            # Or of an exponent that found no room. The other rows keep every bit.
+            over = row_sum > MUCH
+            if tl.max(over.to(tl.int32), 0) > 0:
+                lost = nan_of_walk(v_base, v.strides[1], walk, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
+                all_acc, all_max, all_sum = _fwd_loop(
+                    queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, lost, unseen, nothing, SIZES,
+                    True, False, 1,
+                )  # fmt: skip
+                acc = tl.where(over[:, None], all_acc, acc)
+                row_max = tl.where(over, all_max, row_max)
+                row_sum = tl.where(over, all_sum, row_sum)
     out, row_shift, log_sum = softmax_end(acc, row_max, row_sum, factor)
     return out, row_shift, log_sum, place
 
@@ -100,6 +164,12 @@ def plan(
         sizes,
         (blocks.shape[0], sizes.NUM_KV_HEADS, sizes.GROUP),
     )
+
+
+def heuristic(sizes: WalkSizes, device: Device) -> Config:
+    """The backward's; on an H100 with a deeper pipeline."""
+    config = walks.heuristic(sizes, device)
+    return replace(config, num_stages=3) if device.arch == "sm_90" and config.num_stages == 2 else config
 
 
 FWD_UNION = Kernel(

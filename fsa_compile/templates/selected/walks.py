@@ -44,7 +44,8 @@ class WalkSizes(NamedTuple):
 class Walk(NamedTuple):
     """What a tile attends to. blocks, members: the pointers of its own union; tiles: key tiles in it.
 
-    token: ``[BLOCK_M]``, a row's bit in ``members``. pos: its position, -1 if it does not exist. last: the last key.
+    token: ``[BLOCK_M]``, a row's bit in ``members``. pos: its position, -1 if it does not exist. first: the position
+    of the tile's first token. last: the last key.
     """
 
     blocks: Any
@@ -52,6 +53,7 @@ class Walk(NamedTuple):
     tiles: Any
     token: Any
     pos: Any
+    first: Any
     last: Any
 
 
@@ -66,22 +68,35 @@ def walk_of_tile(
     token = (tl.arange(0, BLOCK_M) // HEADS).to(tl.int64)
     pos = tl.where(place.exists, place.pos, -1)
     return Walk(
-        unions.blocks + union * SIZES.MOST, unions.members + union * SIZES.MOST, tiles, token, pos, run.num_keys - 1
-    )
+        unions.blocks + union * SIZES.MOST, unions.members + union * SIZES.MOST, tiles, token, pos, run.offset + first,
+        run.num_keys - 1,
+    )  # fmt: skip
 
 
 @triton.jit
 def key_tile(walk: Walk, i, SIZES: tl.constexpr):
-    """The ``i``-th key tile: its rows of the run's keys, and which of them the rows see."""  # [BLOCK_M, BLOCK_N]
+    """The ``i``-th key tile.
+
+    Returns ``(start, keys, chosen)``: its first position, its rows of the run's keys ``[BLOCK_N]``, and which rows of
+    the query tile selected its block ``[BLOCK_M]``.
+    """
     PER_BLOCK: tl.constexpr = SIZES.BLOCK_SIZE // SIZES.BLOCK_N
-    BLOCK_N: tl.constexpr = SIZES.BLOCK_N
-    start = tl.load(walk.blocks + i // PER_BLOCK) * SIZES.BLOCK_SIZE + (i % PER_BLOCK) * BLOCK_N
+    start = tl.load(walk.blocks + i // PER_BLOCK) * SIZES.BLOCK_SIZE + (i % PER_BLOCK) * SIZES.BLOCK_N
     chosen = (tl.load(walk.members + i // PER_BLOCK) >> walk.token) & 1
-    # How many of the tile's keys a row sees; one that selected another block, none.
-    seen = tl.where(chosen > 0, walk.pos - start + 1, 0)
-    keys = tl.arange(0, BLOCK_N)
     # Past the end the last key stands in, which costs less than a mask and is not seen.
-    return tl.minimum(start + keys, walk.last), keys[None, :] < seen[:, None]
+    return start, tl.minimum(start + tl.arange(0, SIZES.BLOCK_N), walk.last), chosen > 0
+
+
+@triton.jit
+def hides_keys(walk: Walk, start, SIZES: tl.constexpr):
+    """Whether a key of the tile at ``start`` comes after a row that selected its block."""
+    return start + SIZES.BLOCK_N - 1 > walk.first
+
+
+@triton.jit
+def is_past(walk: Walk, start, SIZES: tl.constexpr):
+    """Which keys of the tile at ``start`` are at or before a row's position."""  # [BLOCK_M, BLOCK_N]
+    return (start + tl.arange(0, SIZES.BLOCK_N))[None, :] <= walk.pos[:, None]
 
 
 @triton.jit
@@ -97,7 +112,8 @@ def nan_of_walk(
     """NaN where a row sees a key whose ``k`` or ``v`` is not finite in that column, else 0: a careful sum's start."""
     met = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     for i in tl.range(0, walk.tiles, num_stages=1):
-        keys, visible = key_tile(walk, i, SIZES)
+        start, keys, chosen = key_tile(walk, i, SIZES)
+        visible = chosen[:, None] & is_past(walk, start, SIZES)
         met = add_met(met, visible, load_keys(base, stride, keys, WIDTH, BLOCK_W))
     return tl.where(met > 0, float("nan"), 0.0)
 
