@@ -88,7 +88,7 @@ def test_cpu_site_has_everything_but_a_match(x: Tensor) -> None:
     assert (result.errors, result.graph_breaks, result.num_graphs) == ([], [], 1)
     assert (site.op, site.matched, site.loop_order, site.where) == ("fsa::nsa_attention", False, "fsa", SITE)
     assert site.reason.startswith("runs on cpu, where the operator is called as it is; the CPU path is KV-outer")
-    expected = cost.Problem(2, 64, 64, 1, 2, 16, 16, 16, 4, 4)
+    expected = cost.Problem(2, 64, 64, 1, 2, 16, 16, 16, 4, 4, cost.LIKELY_AGREEMENT)
     assert site.costs == cost.choose(expected, cost.DEVICES["cpu"], training=True).costs
 
 
@@ -103,7 +103,7 @@ def test_cuda_site_is_matched_with_the_lowerings_choice(fake_cuda: None, monkeyp
     for group, order in ((1, "fsa"), (32, "tile")):
         arguments = cuda_arguments(group)
         (site,) = explain(selected, *arguments).sites
-        problem = cost.Problem(1, 65536, 65536, 4, group, 128, 128, 64, 16, 2)
+        problem = cost.Problem(1, 65536, 65536, 4, group, 128, 128, 64, 16, 2, cost.LIKELY_AGREEMENT)
         choice = cost.choose(problem, cost.DEVICES["H200"])
         assert (site.matched, site.loop_order, site.costs, site.reason) == (True, order, choice.costs, choice.reason)
         assert site.where == SELECTED
@@ -192,7 +192,7 @@ def test_autocast_counts_the_dtype_that_it_casts_to(x: Tensor) -> None:
             return layer(x)
 
     full, half = explain(layer, x).sites[0], explain(cast, x).sites[0]
-    expected = cost.Problem(2, 64, 64, 1, 2, 16, 16, 16, 4, 2)
+    expected = cost.Problem(2, 64, 64, 1, 2, 16, 16, 16, 4, 2, cost.LIKELY_AGREEMENT)
     assert half.costs == cost.choose(expected, cost.DEVICES["cpu"]).costs != full.costs
 
 
@@ -375,7 +375,8 @@ def test_report_is_readable(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) ->
     assert max(map(len, text.splitlines())) <= 120
     assert text.startswith("fsa_compile: 1 NSA site, 1 lowered to kernels; 1 graph, 0 graph breaks\n")
     (row,) = (line for line in text.splitlines() if "fsa::selected_attention" in line)
-    choice = cost.choose(cost.Problem(1, 65536, 65536, 4, 4, 128, 128, 64, 16, 2), cost.DEVICES["H200"])
+    problem = cost.Problem(1, 65536, 65536, 4, 4, 128, 128, 64, 16, 2, cost.LIKELY_AGREEMENT)
+    choice = cost.choose(problem, cost.DEVICES["H200"])
     times = [cost.format_seconds(choice.costs[order]) for order in cost.LOOP_ORDERS]
     place = row.split("fsa::")[0].split()
     assert place[0] == "1"

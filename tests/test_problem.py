@@ -13,7 +13,7 @@ def test_problem_of_meta_tensors() -> None:
     q = torch.empty(2, 100, 12, 80, dtype=torch.float16, device="meta")
     k, v = (torch.empty(2, 130, 4, d, dtype=torch.float16, device="meta") for d in (80, 48))
     blocks = torch.empty(2, 100, 4, 7, dtype=torch.int32, device="meta")
-    expected = cost.Problem(2, 100, 130, 4, 3, 80, 48, 32, 7, 2)
+    expected = cost.Problem(2, 100, 130, 4, 3, 80, 48, 32, 7, 2, cost.LIKELY_AGREEMENT)
     assert problem_of(q, k, v, blocks, 32) == problem_of(q, k, v, 7, 32) == expected
 
 

@@ -25,7 +25,7 @@ from .choice import (
     seconds,
 )
 from .device import DEVICES, EFFICIENCY, Device, Properties, uncalibrated
-from .problem import LOOP_ORDERS, Problem
+from .problem import LIKELY_AGREEMENT, LOOP_ORDERS, Problem
 
 if TYPE_CHECKING:
     from .orders import ORDERS, Order
@@ -36,6 +36,7 @@ __all__ = [
     "DEVICES",
     "Device",
     "EFFICIENCY",
+    "LIKELY_AGREEMENT",
     "LOOP_ORDERS",
     "ORDERS",
     "Order",

@@ -22,8 +22,8 @@ EFFICIENCY: dict[str, float] = {
     "KV-outer partials": 0.30,
     "KV-outer dk dv": 0.392,
     "KV-outer dq dk dv": 0.264,
-    "query-tile": 0.354,
-    "query-tile dq": 0.434,
+    "query-tile": 0.428,
+    "query-tile dq": 0.467,
 }
 
 
@@ -78,13 +78,13 @@ DEVICES: dict[str, Device] = {
         "H100",
         flops=989 * _TERA,
         flops_fp32=67 * _TERA,
-        dram_bandwidth=2.81 * _TERA,
-        l2_bandwidth=8.28 * _TERA,
-        sort_rate=22.9 * _GIGA,
-        launch_overhead=5.7e-06,
+        dram_bandwidth=2.83 * _TERA,
+        l2_bandwidth=8.37 * _TERA,
+        sort_rate=22.1 * _GIGA,
+        launch_overhead=5.3e-06,
         num_sms=132,
         memory=80 * _GIGA,
-        efficiency=(0.186, 0.187, 0.304, 0.44, 0.225, 0.354, 0.434),
+        efficiency=(0.186, 0.185, 0.302, 0.426, 0.223, 0.428, 0.467),
     ),
     "A100": _gpu(
         "A100",

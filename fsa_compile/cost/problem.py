@@ -15,6 +15,10 @@ KV_OUTER_ROWS = 64
 # Tensor cores have no smaller row count, so the query-outer passes pad the group's heads up to it.
 MIN_QUERY_ROWS = 16
 
+# Agreement of a call whose selection is not looked at. Random blocks beside the three that NSA always selects have 0.2
+# to 0.3, a trained model's 0.7 to 0.9 (docs/cost-model.md).
+LIKELY_AGREEMENT = 0.25
+
 
 @dataclass(frozen=True)
 class Problem:

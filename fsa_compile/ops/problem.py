@@ -51,6 +51,7 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | Any, blo
         block_size=block_size,
         num_selected=max(1, size_hint(num_selected)),
         itemsize=q.dtype.itemsize,
+        agreement=cost.LIKELY_AGREEMENT,
     )
 
 

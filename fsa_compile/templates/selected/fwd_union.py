@@ -42,7 +42,6 @@ from .walks import (
     walk_of_tile,
 )
 
-
 # Where a sum of weights is more, one of them may have been too large.
 MUCH = tl.constexpr(65536.0)
 
