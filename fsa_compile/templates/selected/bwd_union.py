@@ -37,17 +37,23 @@ def _dq_loop(
     q, grad_out, k_base, k_stride, v_base, v_stride, walk: Walk, factor, minus, delta, dq, SIZES: tl.constexpr,
     CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # A mask an element takes fewer registers than a number a row, which wide rows do not have.
+    WIDE: tl.constexpr = SIZES.BLOCK_D + SIZES.BLOCK_DV > 256
     for i in tl.range(0, walk.tiles, num_stages=STAGES):
-        start, keys, chosen = key_tile(walk, i, SIZES)
+        start, keys, chosen, _ = key_tile(walk, i, SIZES)
         k = load_keys(k_base, k_stride, keys, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         v = load_keys(v_base, v_stride, keys, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
-        weights = tl.exp2(tl.fma(scores, factor, tl.where(chosen, minus, float("-inf"))[:, None]))
+        if WIDE:
+            weights = tl.exp2(tl.fma(scores, factor, minus[:, None]))
+        else:
+            weights = tl.exp2(tl.fma(scores, factor, tl.where(chosen, minus, float("-inf"))[:, None]))
         ds = weights * (dot(grad_out, tl.trans(v)) - delta[:, None])
-        if CAREFUL | hides_keys(walk, start, SIZES):
+        if WIDE | CAREFUL | hides_keys(walk, start, SIZES):
             ds = tl.where(is_past(walk, start, SIZES), ds, 0.0)
-        if CAREFUL:
+        if WIDE | CAREFUL:
             ds = tl.where(chosen[:, None], ds, 0.0)
+        if CAREFUL:
             k = finite_part(k)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq

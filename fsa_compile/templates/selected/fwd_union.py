@@ -48,14 +48,15 @@ MUCH = tl.constexpr(65536.0)
 
 @triton.jit
 def _fwd_loop(
-    q, k_base, k_stride, v_base, v_stride, walk: Walk, factor, acc, row_max, row_sum, SIZES: tl.constexpr,
+    q, k_base, k_stride, v_base, v_stride, walk: Walk, factor, absent, acc, row_max, row_sum, SIZES: tl.constexpr,
     CAREFUL: tl.constexpr, FIXED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """FIXED: a row's ``row_max`` is that of the first tile in which it sees a key, and stays."""
     minus = -exponent_shift(row_max, factor)
-    pending = True
+    # One bit a token, as in ``members``; a block that a token selected has a key that it sees.
+    seen = absent
     for i in tl.range(0, walk.tiles, num_stages=STAGES):
-        start, keys, chosen = key_tile(walk, i, SIZES)
+        start, keys, chosen, members = key_tile(walk, i, SIZES)
         k = load_keys(k_base, k_stride, keys, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if CAREFUL:
@@ -63,11 +64,11 @@ def _fwd_loop(
         if CAREFUL | hides_keys(walk, start, SIZES):
             scores = tl.where(is_past(walk, start, SIZES), scores, float("-inf"))
         if FIXED:
-            if pending:
+            if seen != -1:
                 first = chosen & (row_max == LOWEST)
                 row_max = tl.where(first, tl.maximum(tl.max(scores, 1), LOWEST), row_max)
                 minus = -exponent_shift(row_max, factor)
-                pending = tl.min(row_max, 0) == LOWEST
+                seen |= members
             p = tl.exp2(tl.fma(scores, factor, tl.where(chosen, minus, float("-inf"))[:, None]))
             row_sum += tl.sum(p, 1)
         else:
@@ -101,28 +102,30 @@ def selected_fwd_union_tile(
     factor = scale * LOG2E
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
     FIXED: tl.constexpr = q.ptr.dtype.element_ty != tl.float16  # whose exponents leave too little room
-    # Rows that are not there wait for no block.
-    unseen = tl.where(place.exists, LOWEST, 0.0)
+    # Tokens that are not there wait for no block.
+    count = tl.maximum(tl.minimum(run.num_rows - first, SIZES.TOKENS), 0)
+    absent = tl.where(count < 64, tl.full([], -1, tl.int64) << tl.minimum(count, 63), 0)
+    unseen = tl.full([BLOCK_M], LOWEST, tl.float32)
     nothing = tl.zeros([BLOCK_M], tl.float32)
     acc, row_max, row_sum = _fwd_loop(
-        queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
-        unseen, nothing, SIZES, False, FIXED, None,
+        queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, absent,
+        tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), unseen, nothing, SIZES, False, FIXED, None,
     )  # fmt: skip
     if not (all_finite(acc) & all_finite(row_sum)):
         # What is not finite may come of a key or value that a row does not see, which must not notice.
         lost = nan_of_walk(v_base, v.strides[1], walk, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, lost, unseen, nothing, SIZES, True,
-            FIXED, 1,
+            queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, absent, lost, unseen, nothing, SIZES,
+            True, FIXED, 1,
         )  # fmt: skip
         if FIXED:
             # Or of an exponent that found no room. The other rows keep every bit.
             over = row_sum > MUCH
-            if tl.max(over.to(tl.int32), 0) > 0:
+            if tl.max(over.to(tl.int32)) > 0:
                 lost = nan_of_walk(v_base, v.strides[1], walk, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
                 all_acc, all_max, all_sum = _fwd_loop(
-                    queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, lost, unseen, nothing, SIZES,
-                    True, False, 1,
+                    queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, absent, lost, unseen, nothing,
+                    SIZES, True, False, 1,
                 )  # fmt: skip
                 acc = tl.where(over[:, None], all_acc, acc)
                 row_max = tl.where(over, all_max, row_max)
@@ -166,9 +169,12 @@ def plan(
 
 
 def heuristic(sizes: WalkSizes, device: Device) -> Config:
-    """The backward's; on an H100 with a deeper pipeline."""
+    """The backward's; on an H100 with a deeper pipeline, and more warps where rows are wide (33 % at D = 192)."""
     config = walks.heuristic(sizes, device)
-    return replace(config, num_stages=3) if device.arch == "sm_90" and config.num_stages == 2 else config
+    if device.arch != "sm_90" or sizes.ITEMSIZE == 4:
+        return config
+    wide = max(sizes.BLOCK_D, sizes.BLOCK_DV) > 128
+    return replace(config, num_warps=8) if wide else replace(config, num_stages=3)
 
 
 FWD_UNION = Kernel(

@@ -77,14 +77,15 @@ def walk_of_tile(
 def key_tile(walk: Walk, i, SIZES: tl.constexpr):
     """The ``i``-th key tile.
 
-    Returns ``(start, keys, chosen)``: its first position, its rows of the run's keys ``[BLOCK_N]``, and which rows of
-    the query tile selected its block ``[BLOCK_M]``.
+    Returns ``(start, keys, chosen, members)``: its first position, its rows of the run's keys ``[BLOCK_N]``, and who
+    selected its block, by row of the query tile ``[BLOCK_M]`` and as the union has it.
     """
     PER_BLOCK: tl.constexpr = SIZES.BLOCK_SIZE // SIZES.BLOCK_N
     start = tl.load(walk.blocks + i // PER_BLOCK) * SIZES.BLOCK_SIZE + (i % PER_BLOCK) * SIZES.BLOCK_N
-    chosen = (tl.load(walk.members + i // PER_BLOCK) >> walk.token) & 1
+    members = tl.load(walk.members + i // PER_BLOCK)
+    chosen = ((members >> walk.token) & 1) > 0
     # Past the end the last key stands in, which costs less than a mask and is not seen.
-    return start, tl.minimum(start + tl.arange(0, SIZES.BLOCK_N), walk.last), chosen > 0
+    return start, tl.minimum(start + tl.arange(0, SIZES.BLOCK_N), walk.last), chosen, members
 
 
 @triton.jit
@@ -112,7 +113,7 @@ def nan_of_walk(
     """NaN where a row sees a key whose ``k`` or ``v`` is not finite in that column, else 0: a careful sum's start."""
     met = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     for i in tl.range(0, walk.tiles, num_stages=1):
-        start, keys, chosen = key_tile(walk, i, SIZES)
+        start, keys, chosen, _ = key_tile(walk, i, SIZES)
         visible = chosen[:, None] & is_past(walk, start, SIZES)
         met = add_met(met, visible, load_keys(base, stride, keys, WIDTH, BLOCK_W))
     return tl.where(met > 0, float("nan"), 0.0)
