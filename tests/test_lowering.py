@@ -128,7 +128,7 @@ def test_auto_emits_the_order_that_the_cost_model_chooses(seq_len: int, group: i
     tensors = fakes(harness, seq_len=seq_len, group=group, dim=128)
     with lowering.collect_sites() as sites:
         code = harness.emit(gated("auto"), *tensors)
-    problem = cost.Problem(1, seq_len, seq_len, 2, group, 128, 128, 64, 16, 2)
+    problem = cost.Problem(1, seq_len, seq_len, 2, group, 128, 128, 64, 16, 2, cost.LIKELY_AGREEMENT)
     choice = cost.choose(problem, cost.DEVICES["H200"])
     assert templates_of(code) == FORWARD_TEMPLATES[choice.order]
     assert [(s.matched, s.loop_order, s.costs) for s in sites] == [(True, choice.order, choice.costs)]
@@ -267,7 +267,7 @@ def test_forward_and_backward_share_lists_and_order() -> None:
     assert harness.graph is not None
     targets = [str(n.target) for n in harness.graph.nodes]
     assert targets.count("fsa._block_lists.default") == 1
-    problem = cost.Problem(1, 32768, 32768, 2, 1, 64, 64, 64, 16, 2)
+    problem = cost.Problem(1, 32768, 32768, 2, 1, 64, 64, 64, 16, 2, cost.LIKELY_AGREEMENT)
     choice = cost.choose(problem, cost.DEVICES["H200"], training=True)
     assert [s.loop_order for s in sites] == [choice.order] * 2
     assert [s.costs for s in sites] == [choice.costs] * 2
