@@ -258,8 +258,10 @@ def _kernel_type(imports: str) -> type:
             from torch._inductor.codegen.triton import texpr
 
             code = texpr(self.rename_indexing(sympify(self.call_sizes[self._numbers_from + index])))
-            # lengths fit 32 bits
-            return f"tl.full([], {code}, tl.int32)" if code.isdecimal() else f"({code}).to(tl.int32)"
+            if not code.isdecimal():
+                return f"({code}).to(tl.int32)"  # lengths fit 32 bits
+            constant = f"tl.full([], {code}, tl.int32)"
+            return constant if torch.version.hip else f"at_run_time({constant})"
 
     return PackageTemplateKernel
 

@@ -17,7 +17,18 @@ from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
 from ..query_tiles import keys_base, query_tiles
 from ..sequences import Rows, Sequences, num_tiles
-from ..tiles import LOG2E, accumulate, add_met, all_finite, columns, dense_strides, dot, finite_part, store_output
+from ..tiles import (
+    LOG2E,
+    accumulate,
+    add_met,
+    all_finite,
+    columns,
+    dense_strides,
+    dot,
+    finite_part,
+    rows_apart,
+    store_output,
+)
 from .sizes import (
     ARGUMENTS,
     BandedSizes,
@@ -30,14 +41,13 @@ from .sizes import (
 
 
 @triton.jit
-def _load_queries(base, stride_t, stride_h, i, end, heads_left, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+def _load_queries(here, stride_t, stride_h, left, heads_left, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
                   BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """Tokens ``i`` to ``i + TOKENS``, HEADS heads each; 0 from ``end`` on. WHOLE: there are no rows without a query."""
+    """TOKENS tokens from ``here`` on, HEADS heads each; 0 past ``left``. WHOLE: there are no rows without a query."""
     row = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_W)
-    zero = tl.full([], 0, tl.int64)
     # Heads may lie far apart, which takes 64 bits, but with few of them it is one number a thread.
-    heads = base + (zero + i) * stride_t + ((zero + row % HEADS) * stride_h)[:, None]
+    heads = here + rows_apart(row % HEADS, stride_h)[:, None]
     pointers = heads + ((row // HEADS * stride_t)[:, None] + cols[None, :])  # [BLOCK_M, BLOCK_W]
     if WHOLE:
         if BLOCK_W == WIDTH:
@@ -45,32 +55,32 @@ def _load_queries(base, stride_t, stride_h, i, end, heads_left, WIDTH: tl.conste
         else:
             return tl.load(pointers, mask=(cols < WIDTH)[None, :], other=0.0)
     else:
-        exists = (row // HEADS < tl.minimum(end - i, TOKENS)) & (row % HEADS < heads_left)
+        exists = (row // HEADS < tl.minimum(left, TOKENS)) & (row % HEADS < heads_left)
         return tl.load(pointers, mask=exists[:, None] & (cols < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def _load_statistic(base, i, end, heads_left, NUM_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
+def _load_statistic(here, left, heads_left, NUM_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
                     HEADS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """The same rows of a dense ``[B, T, HQ]`` tensor."""
     row = tl.arange(0, BLOCK_M)
-    zero = tl.full([], 0, tl.int64)
-    pointers = base + (zero + i) * NUM_HEADS + (row // HEADS * NUM_HEADS + row % HEADS)
+    pointers = here + (row // HEADS * NUM_HEADS + row % HEADS)
     if WHOLE:
         return tl.load(pointers)
     else:
-        exists = (row // HEADS < tl.minimum(end - i, TOKENS)) & (row % HEADS < heads_left)
+        exists = (row // HEADS < tl.minimum(left, TOKENS)) & (row % HEADS < heads_left)
         return tl.load(pointers, mask=exists, other=0.0)
 
 
 @triton.jit
 def _seen_by(tile: KeyTile, i, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which of the tile's keys the rows from token ``i`` on see."""  # [BLOCK_N, BLOCK_M]
-    pos = tile.run.offset + i + tl.arange(0, BLOCK_M) // HEADS
+    token = (tl.arange(0, BLOCK_M) // HEADS)[None, :]
     last = (tile.first + tl.arange(0, BLOCK_N)) * SIZES.STRIDE + SIZES.FIRST_END
-    visible = last[:, None] <= pos[None, :]
+    since = (last - tile.run.offset - i)[:, None]
+    visible = token >= since
     if SIZES.WINDOW > 0:
-        visible = visible & (last[:, None] > pos[None, :] - SIZES.WINDOW)
+        visible = visible & (token < since + SIZES.WINDOW)
     return visible
 
 
@@ -81,11 +91,13 @@ def _nan_of_queries(
 ):  # fmt: skip
     """NaN where a key is seen by a row of ``x`` that is not finite in that column, else 0: a careful sum's start."""
     met = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
+    here = base + rows_apart(start, x.strides[1])
     for i in tl.range(start, end, TOKENS, num_stages=1):
         rows = _load_queries(
-            base, x.strides[1], x.strides[2], i, end, heads_left, WIDTH, BLOCK_W, BLOCK_M, TOKENS, HEADS, False
+            here, x.strides[1], x.strides[2], end - i, heads_left, WIDTH, BLOCK_W, BLOCK_M, TOKENS, HEADS, False
         )
         met = add_met(met, _seen_by(tile, i, SIZES, BLOCK_M, HEADS, BLOCK_N), rows)
+        here += rows_apart(TOKENS, x.strides[1])
     return tl.where(met > 0, float("nan"), 0.0)
 
 
@@ -100,14 +112,20 @@ def _dkv_loop(
     EVEN: tl.constexpr = TOKENS * HEADS == BLOCK_M and SIZES.GROUP % HEADS == 0
     WHOLE: tl.constexpr = EVEN and not MASKED
     COMPENSATED: tl.constexpr = SIZES.ITEMSIZE == 4
+    q_here = q_base + rows_apart(start, q.strides[1])
+    grad_here = grad_base + rows_apart(start, grad_out.strides[1])
+    shift += rows_apart(start, NUM_HEADS)
+    log_sum += rows_apart(start, NUM_HEADS)
+    delta += rows_apart(start, NUM_HEADS)
     for i in tl.range(start, end, TOKENS, num_stages=STAGES):
-        queries = _load_queries(q_base, q.strides[1], q.strides[2], i, end, heads_left, SIZES.HEAD_DIM, SIZES.BLOCK_D,
+        left = end - i
+        queries = _load_queries(q_here, q.strides[1], q.strides[2], left, heads_left, SIZES.HEAD_DIM, SIZES.BLOCK_D,
                                 BLOCK_M, TOKENS, HEADS, WHOLE)  # fmt: skip
-        grads = _load_queries(grad_base, grad_out.strides[1], grad_out.strides[2], i, end, heads_left,
+        grads = _load_queries(grad_here, grad_out.strides[1], grad_out.strides[2], left, heads_left,
                               SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK_M, TOKENS, HEADS, WHOLE)  # fmt: skip
-        row_shift = _load_statistic(shift, i, end, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
-        row_log_sum = _load_statistic(log_sum, i, end, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
-        row_delta = _load_statistic(delta, i, end, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
+        row_shift = _load_statistic(shift, left, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
+        row_log_sum = _load_statistic(log_sum, left, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
+        row_delta = _load_statistic(delta, left, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
         scores = dot(keys, tl.trans(queries))  # [BLOCK_N, BLOCK_M]
         if COMPENSATED:
             p = tl.exp2(tl.fma(scores - row_shift[None, :], factor, row_log_sum[None, :] * -LOG2E))
@@ -130,6 +148,11 @@ def _dkv_loop(
         else:
             dv = tl.dot(p.to(grads.dtype), grads, dv)
             dk = tl.dot(ds.to(queries.dtype), queries, dk)
+        q_here += rows_apart(TOKENS, q.strides[1])
+        grad_here += rows_apart(TOKENS, grad_out.strides[1])
+        shift += TOKENS * NUM_HEADS
+        log_sum += TOKENS * NUM_HEADS
+        delta += TOKENS * NUM_HEADS
     return dk, dk_lost, dv, dv_lost
 
 

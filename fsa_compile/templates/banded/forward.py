@@ -30,7 +30,7 @@ from ..query_tiles import (
     softmax_step,
 )
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, store_output
+from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, rows_apart, store_output
 from .sizes import (
     ARGUMENTS,
     Band,
@@ -58,8 +58,10 @@ def _fwd_loop(
     """
     shift = exponent_shift(row_max, factor)
     lead = band.some_from + (TOKENS if SIZES.WINDOW > 0 else 1)
+    k_here = k_base + rows_apart(start, k_stride)
+    v_here = v_base + rows_apart(start, v_stride)
     for i in tl.range(start, end, BLOCK, num_stages=STAGES):
-        k = load_keys(k_base, k_stride, i, end, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK, MASKED)
+        k = load_keys(k_here, k_stride, end - i, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK, MASKED)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK]
         if MASKED:
             if CAREFUL | (i < band.all_from) | (i + BLOCK > band.all_to):
@@ -73,10 +75,12 @@ def _fwd_loop(
         else:
             p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, factor)
             acc = acc * decay[:, None]
-        v = load_keys(v_base, v_stride, i, end, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED)
+        v = load_keys(v_here, v_stride, end - i, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED)
         if CAREFUL:
             v = finite_part(v)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        k_here += rows_apart(BLOCK, k_stride)
+        v_here += rows_apart(BLOCK, v_stride)
     return acc, row_max, row_sum
 
 

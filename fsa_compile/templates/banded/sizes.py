@@ -16,7 +16,7 @@ from ...tiling import Config, padded
 from ..kernel import SEQUENCES, Strided, sequences
 from ..query_tiles import Place, query_tiles
 from ..sequences import Run, Sequences, batched_run, find_run, packed_run, run_start
-from ..tiles import add_met
+from ..tiles import add_met, rows_apart
 
 ARGUMENTS = f"{SEQUENCES}, *, SymInt seq_len_k, int key_stride, int first_end, int window, float scale"
 
@@ -84,15 +84,15 @@ def extent(q: Any, k: Any, cu_seqlens_q: Any) -> tuple[Any, ...]:
 class Band(NamedTuple):
     """Of a query tile, by key: seen by some row from ``some_from`` to ``some_to``, by all in ``all_from, all_to``.
 
-    high, low: ``[BLOCK_M]``; a row sees the keys with ``low < last(i) <= high``.
+    row_from, row_to: ``[BLOCK_M]``; a row sees the keys from one to the other.
     """
 
     some_from: Any
     all_from: Any
     all_to: Any
     some_to: Any
-    high: Any
-    low: Any
+    row_from: Any
+    row_to: Any
 
 
 @triton.jit
@@ -123,24 +123,26 @@ def band_of_tile(run: Run, first, count, place: Place, SIZES: tl.constexpr, TOKE
     high = run.offset + tl.minimum(first + TOKENS, run.num_rows) - 1
     some_from = first * 0
     all_from = first * 0
+    row_from = place.pos * 0
     if SIZES.WINDOW > 0:
         some_from = keys_up_to(low - SIZES.WINDOW, count, SIZES)
         all_from = keys_up_to(high - SIZES.WINDOW, count, SIZES)
-    last = tl.minimum(place.pos, count * SIZES.STRIDE + (SIZES.FIRST_END - 1))
-    all_to = keys_up_to(low, count, SIZES)
-    return Band(some_from, all_from, all_to, keys_up_to(high, count, SIZES), last, place.pos - SIZES.WINDOW)
+        row_from = keys_up_to(place.pos - SIZES.WINDOW, count, SIZES)
+    return Band(
+        some_from, all_from, keys_up_to(low, count, SIZES), keys_up_to(high, count, SIZES), row_from,
+        keys_up_to(place.pos, count, SIZES),
+    )  # fmt: skip
 
 
 @triton.jit
-def load_keys(base, stride, start, end, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
+def load_keys(here, stride, left, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
               MASKED: tl.constexpr):  # fmt: skip
-    """Keys ``start`` to ``start + BLOCK``; those from ``end`` on are 0 if MASKED, and must exist if not."""
+    """The BLOCK keys from ``here`` on; those past ``left`` are 0 if MASKED, and must exist if not."""
     i = tl.arange(0, BLOCK)
     cols = tl.arange(0, BLOCK_W)
-    first = tl.full([], 0, tl.int64) + start
-    pointers = base + first * stride + (i[:, None] * stride + cols[None, :])  # [BLOCK, BLOCK_W]
+    pointers = here + (i[:, None] * stride + cols[None, :])  # [BLOCK, BLOCK_W]
     if MASKED:
-        mask = (i < end - start)[:, None]
+        mask = (i < left)[:, None]
         if BLOCK_W != WIDTH:
             mask = mask & (cols < WIDTH)[None, :]
         return tl.load(pointers, mask=mask, other=0.0)
@@ -152,11 +154,11 @@ def load_keys(base, stride, start, end, WIDTH: tl.constexpr, BLOCK_W: tl.constex
 
 @triton.jit
 def in_band(start, band: Band, SIZES: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of the keys from ``start`` on the rows see."""  # [BLOCK_M, BLOCK]
-    last = (start + tl.arange(0, BLOCK)) * SIZES.STRIDE + SIZES.FIRST_END
-    visible = last[None, :] <= band.high[:, None]
+    """Which of the keys from ``start`` on the rows see: a row's bounds move, so that an element has constants."""
+    i = tl.arange(0, BLOCK)[None, :]
+    visible = i < (band.row_to - start)[:, None]  # [BLOCK_M, BLOCK]
     if SIZES.WINDOW > 0:
-        visible = visible & (last[None, :] > band.low[:, None])
+        visible = visible & (i >= (band.row_from - start)[:, None])
     return visible
 
 
@@ -167,9 +169,11 @@ def nan_of_keys(
 ):  # fmt: skip
     """NaN where a row sees a key whose ``k`` or ``v`` is not finite in that column, else 0: a careful sum's start."""
     met = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    here = base + rows_apart(start, stride)
     for i in tl.range(start, end, 16, num_stages=1):
-        x = load_keys(base, stride, i, end, WIDTH, BLOCK_W, 16, True)
+        x = load_keys(here, stride, end - i, WIDTH, BLOCK_W, 16, True)
         met = add_met(met, in_band(i, band, SIZES, 16), x)
+        here += rows_apart(16, stride)
     return tl.where(met > 0, float("nan"), 0.0)
 
 
