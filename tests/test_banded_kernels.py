@@ -15,6 +15,7 @@ from kernel_runs import DEVICE, DTYPES, INTERPRETED, kernels, round_sums_once
 from torch import Tensor
 
 from fsa_compile.ops import reference
+from fsa_compile.ops.weights import row_weights
 from fsa_compile.templates.banded import BANDED_BWD_DKV, BANDED_BWD_DQ, BANDED_FWD, BANDED_SUM, KERNELS
 from fsa_compile.testing.budget import Budget
 from fsa_compile.testing.compile_only import SHARED_MEMORY, compile_record, device_of
@@ -151,9 +152,9 @@ def ours(problem: Problem, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, gr
     out, shift, log_sum = BANDED_FWD(q, k, v, *problem.where, **arguments)
     upstream = torch.where(log_sum == -torch.inf, NAN, grad_lse)
     delta = (grad_out.double() * out.double()).sum(-1).float() - upstream
-    given = (grad_out, q, k, v, shift, log_sum, delta, *problem.where)
-    dq = BANDED_BWD_DQ(*given, **arguments)
-    dk, dv = BANDED_BWD_DKV(*given, **arguments, splits=problem.splits)
+    dq = BANDED_BWD_DQ(grad_out, q, k, v, shift, log_sum, delta, *problem.where, **arguments)
+    weights = row_weights(shift, log_sum, delta, scale_of(problem), q.dtype)
+    dk, dv = BANDED_BWD_DKV(grad_out, q, k, v, weights, *problem.where, **arguments, splits=problem.splits)
     if problem.splits > 1:
         dk, dv = (BANDED_SUM(parts, x, splits=problem.splits) for parts, x in ((dk, k), (dv, v)))
     return [out, log_sum + scale_of(problem) * shift, dq, dk, dv]
@@ -356,13 +357,13 @@ def plans(group: int, head_dim: int, dtype: torch.dtype, **arguments: Any) -> di
     q, k = empty(1, 8192, 4 * group, head_dim), empty(1, rows, 4, head_dim)
     row = empty(1, 8192, 4 * group, dtype=torch.float32)
     arguments |= {"seq_len_k": 8192, "scale": 0.1}
-    backward = (q, q, k, k, row, row, row)
+    weights = empty(1, 8192, 4 * group, 3 if dtype == torch.float32 else 2, dtype=torch.float32)
     splits = 1 if arguments["window"] else 4
     parts = empty(splits, rows, 4, head_dim, dtype=torch.float32)
     return {
         "banded_fwd": BANDED_FWD.plan(q, k, k, **arguments),
-        "banded_bwd_dq": BANDED_BWD_DQ.plan(*backward, **arguments),
-        "banded_bwd_dkv": BANDED_BWD_DKV.plan(*backward, **arguments, splits=splits),
+        "banded_bwd_dq": BANDED_BWD_DQ.plan(q, q, k, k, row, row, row, **arguments),
+        "banded_bwd_dkv": BANDED_BWD_DKV.plan(q, q, k, k, weights, **arguments, splits=splits),
         "banded_sum": BANDED_SUM.plan(parts, k, splits=splits),
     }
 

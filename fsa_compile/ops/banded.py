@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .options import Layout
 from .rules import kernel_runs
+from .weights import row_weights
 
 _ops = torch.ops.fsa
 
@@ -51,10 +52,11 @@ def backward(
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     delta = _ops._attention_delta(grad_out, grad_log_sum, out)
-    args = (grad_out, *inputs, shift, log_sum, delta, *kernel_runs(layout))
-    dq = _ops._banded_bwd_dq(*args, **band._asdict())
+    runs = kernel_runs(layout)
+    dq = _ops._banded_bwd_dq(grad_out, *inputs, shift, log_sum, delta, *runs, **band._asdict())
     splits = SPLITS if band.window == 0 and band.key_stride > 1 else 1
-    dk, dv = _ops._banded_bwd_dkv(*args, **band._asdict(), splits=splits)
+    weights = row_weights(shift, log_sum, delta, band.scale, inputs[0].dtype)
+    dk, dv = _ops._banded_bwd_dkv(grad_out, *inputs, weights, *runs, **band._asdict(), splits=splits)
     if splits > 1:
         dk, dv = (
             _ops._banded_sum(parts, like, splits=splits) for parts, like in zip((dk, dv), inputs[1:], strict=True)

@@ -33,10 +33,10 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     num_lists, most = _sizes(block_indices, cu_seqlens_k, seq_len_k, block_size)
     return (
-        block_indices.new_empty(block_indices.numel(), dtype=torch.int64),
+        block_indices.new_empty(block_indices.numel(), dtype=torch.int32),
         block_indices.new_empty(most, dtype=torch.int32),
         block_indices.new_empty(num_lists + 1, dtype=torch.int32),
-        block_indices.new_empty(num_lists + 1, dtype=torch.int64),
+        block_indices.new_empty(num_lists + 1, dtype=torch.int32),
     )
 
 
@@ -90,13 +90,13 @@ def _block_lists(
     keys = torch.where(visible, block_indices + first_list, num_lists).to(key_dtype).reshape(-1)
     keys, entries = torch.sort(keys, stable=True)
     lists = torch.arange(num_lists + 1, dtype=key_dtype, device=device)
-    list_offsets = torch.searchsorted(keys, lists)
+    list_offsets = torch.searchsorted(keys, lists, out_int32=True)
     tiles = (list_offsets.diff() + (ENTRIES_PER_TILE - 1)) // ENTRIES_PER_TILE
     tile_offsets = F.pad(tiles.cumsum(0, dtype=torch.int32), (1, 0))
     tile_list = torch.searchsorted(
         tile_offsets[1:], torch.arange(most, dtype=torch.int32, device=device), right=True, out_int32=True
     )
-    return entries, tile_list.masked_fill_(tile_list == num_lists, -1), tile_offsets, list_offsets
+    return entries.int(), tile_list.masked_fill_(tile_list == num_lists, -1), tile_offsets, list_offsets
 
 
 define(

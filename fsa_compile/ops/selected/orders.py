@@ -13,6 +13,7 @@ from torch import Tensor
 from ...tiling import union_tokens
 from ..options import Layout, Selected
 from ..rules import Rule, Runs, kernel_runs, register
+from ..weights import row_weights
 from . import block_lists as _block_lists  # noqa: F401  registers the operator
 from .choice import choose
 from .chunks import Chunk, chunks, dense, joined
@@ -102,9 +103,11 @@ def _backward(
     known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any], *, dq_by: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dk and dv from key blocks outside; dq by itself."""
-    _, _, k, v, block_indices, *_ = known
+    *tensors, shift, log_sum, delta = known
+    _, q, k, v, block_indices = tensors
     lists = _ops._block_lists(block_indices, *runs, seq_len_k=k.shape[1], block_size=sizes["block_size"])
-    *tiles, _ = _ops._selected_bwd_kv_outer(*known, *lists, *runs, **sizes, with_dq=False)
+    weights = row_weights(shift, log_sum, delta, sizes["scale"], q.dtype)
+    *tiles, _ = _ops._selected_bwd_kv_outer(*tensors, weights, *lists, *runs, **sizes, with_dq=False)
     dk, dv = _key_value_gradients(tiles, lists, k, v, runs, sizes["block_size"])
     return dq_by(known, runs, sizes), dk, dv
 
@@ -112,6 +115,7 @@ def _backward(
 def _kv_outer_backward(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """All gradients from key blocks outside, dq as partials of that pass."""
     grad_out, q, k, v, block_indices, *statistics = known
+    weights = row_weights(*statistics, sizes["scale"], q.dtype)
     blocks_of = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
     group = q.shape[2] // k.shape[2]
 
@@ -125,8 +129,8 @@ def _kv_outer_backward(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, A
         sums: list[Tensor] = []
         for chunk in heads:
             grads, queries = (chunk.of_query_heads(x, group) for x in (grad_out, q))
-            rows = (dense(chunk.of_query_heads(x, group), x) for x in statistics)
-            given = (grads, queries, keys, values, blocks, *rows)
+            rows = dense(chunk.of_query_heads(weights, group), weights)
+            given = (grads, queries, keys, values, blocks, rows)
             *tiles, partials = _ops._selected_bwd_kv_outer(*given, *lists, *where, **sizes, with_dq=True)
             dq.append((_ops._sum_partials(partials, blocks, *where, **blocks_of),))
             del partials  # the next take their place

@@ -18,7 +18,6 @@ from ..kernel import Dense, Kernel, Output, Plan, Strided
 from ..query_tiles import keys_base, query_tiles
 from ..sequences import Rows, Sequences, num_tiles
 from ..tiles import (
-    LOG2E,
     accumulate,
     add_met,
     all_finite,
@@ -26,8 +25,11 @@ from ..tiles import (
     dense_strides,
     dot,
     finite_part,
+    gradient_of_scores,
+    load_weights,
     rows_apart,
     store_output,
+    weights_of,
 )
 from .sizes import (
     ARGUMENTS,
@@ -60,16 +62,15 @@ def _load_queries(here, stride_t, stride_h, left, heads_left, WIDTH: tl.constexp
 
 
 @triton.jit
-def _load_statistic(here, left, heads_left, NUM_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
-                    HEADS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """The same rows of a dense ``[B, T, HQ]`` tensor."""
+def _load_weights(here, left, heads_left, NUM_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
+                  HEADS: tl.constexpr, WHOLE: tl.constexpr, COMPENSATED: tl.constexpr):  # fmt: skip
+    """The same rows of ``row_weights``."""
     row = tl.arange(0, BLOCK_M)
-    pointers = here + (row // HEADS * NUM_HEADS + row % HEADS)
-    if WHOLE:
-        return tl.load(pointers)
-    else:
+    places = row // HEADS * NUM_HEADS + row % HEADS
+    exists = None
+    if not WHOLE:
         exists = (row // HEADS < tl.minimum(left, TOKENS)) & (row % HEADS < heads_left)
-        return tl.load(pointers, mask=exists, other=0.0)
+    return load_weights(here, places, exists, COMPENSATED)
 
 
 @triton.jit
@@ -103,36 +104,29 @@ def _nan_of_queries(
 
 @triton.jit
 def _dkv_loop(
-    keys, values, q: Rows, q_base, grad_out: Rows, grad_base, shift, log_sum, delta, start, end, tile: KeyTile,
-    heads_left, factor, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+    keys, values, q: Rows, q_base, grad_out: Rows, grad_base, weights, start, end, tile: KeyTile, heads_left, scale, dk,
+    dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add what tokens ``start`` to ``end`` give; not MASKED: whole tiles, all of whose tokens see every key."""
     NUM_HEADS: tl.constexpr = SIZES.NUM_KV_HEADS * SIZES.GROUP
     EVEN: tl.constexpr = TOKENS * HEADS == BLOCK_M and SIZES.GROUP % HEADS == 0
     WHOLE: tl.constexpr = EVEN and not MASKED
     COMPENSATED: tl.constexpr = SIZES.ITEMSIZE == 4
+    PER_TOKEN: tl.constexpr = NUM_HEADS * (3 if COMPENSATED else 2)
     q_here = q_base + rows_apart(start, q.strides[1])
     grad_here = grad_base + rows_apart(start, grad_out.strides[1])
-    shift += rows_apart(start, NUM_HEADS)
-    log_sum += rows_apart(start, NUM_HEADS)
-    delta += rows_apart(start, NUM_HEADS)
+    here = weights + rows_apart(start, PER_TOKEN)
     for i in tl.range(start, end, TOKENS, num_stages=STAGES):
         left = end - i
         queries = _load_queries(q_here, q.strides[1], q.strides[2], left, heads_left, SIZES.HEAD_DIM, SIZES.BLOCK_D,
                                 BLOCK_M, TOKENS, HEADS, WHOLE)  # fmt: skip
         grads = _load_queries(grad_here, grad_out.strides[1], grad_out.strides[2], left, heads_left,
                               SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK_M, TOKENS, HEADS, WHOLE)  # fmt: skip
-        row_shift = _load_statistic(shift, left, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
-        row_log_sum = _load_statistic(log_sum, left, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
-        row_delta = _load_statistic(delta, left, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE)
+        known = _load_weights(here, left, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE, COMPENSATED)
         scores = dot(keys, tl.trans(queries))  # [BLOCK_N, BLOCK_M]
-        if COMPENSATED:
-            p = tl.exp2(tl.fma(scores - row_shift[None, :], factor, row_log_sum[None, :] * -LOG2E))
-        else:
-            # One number a row, which rounds by 4e-4 at logits of 1e4: as much as the weights do in 16 bits.
-            p = tl.exp2(tl.fma(scores, factor, tl.fma(-row_shift, factor, row_log_sum * -LOG2E)[None, :]))
-        ds = p * (dot(values, tl.trans(grads)) - row_delta[None, :])
+        p = weights_of(scores, known, scale, COMPENSATED)
+        ds = gradient_of_scores(p, dot(values, tl.trans(grads)), known, scale, COMPENSATED)
         if MASKED:
             if (CAREFUL > 0) | (i < tile.all_from) | (i + TOKENS > tile.all_to):
                 visible = _seen_by(tile, i, SIZES, BLOCK_M, HEADS, BLOCK_N)
@@ -150,16 +144,14 @@ def _dkv_loop(
             dk = tl.dot(ds.to(queries.dtype), queries, dk)
         q_here += rows_apart(TOKENS, q.strides[1])
         grad_here += rows_apart(TOKENS, grad_out.strides[1])
-        shift += TOKENS * NUM_HEADS
-        log_sum += TOKENS * NUM_HEADS
-        delta += TOKENS * NUM_HEADS
+        here += rows_apart(TOKENS, PER_TOKEN)
     return dk, dk_lost, dv, dv_lost
 
 
 @triton.jit
 def _dkv_run(
-    grad_out: Rows, q: Rows, keys, values, shift, log_sum, delta, start, end, seqs: Sequences, hk, tile: KeyTile,
-    factor, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    grad_out: Rows, q: Rows, keys, values, weights, start, end, seqs: Sequences, hk, tile: KeyTile, scale,
+    SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr, FLAT: tl.constexpr, CAREFUL: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv that tokens ``start`` to ``end`` give, in one loop if FLAT, else masked and unmasked tiles apart."""
@@ -167,6 +159,7 @@ def _dkv_run(
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
     NUM_HEADS: tl.constexpr = SIZES.NUM_KV_HEADS * SIZES.GROUP
     PARTS: tl.constexpr = (SIZES.GROUP + HEADS - 1) // HEADS
+    PER_ROW: tl.constexpr = 3 if SIZES.ITEMSIZE == 4 else 2
     run = tile.run
     hot = start + tl.cdiv(tl.maximum(tl.minimum(tile.all_from, end) - start, 0), TOKENS) * TOKENS
     cold = hot + tl.maximum(tl.minimum(tile.all_to, end) - hot, 0) // TOKENS * TOKENS
@@ -180,7 +173,7 @@ def _dkv_run(
     for part in tl.static_range(PARTS):
         h = hk * SIZES.GROUP + part * HEADS
         left = SIZES.GROUP - part * HEADS
-        n = (run.b.to(tl.int64) * seqs.seq_len + run.first_row) * NUM_HEADS + h
+        here = weights + rows_apart(run.b.to(tl.int64) * seqs.seq_len + run.first_row, NUM_HEADS * PER_ROW) + h * PER_ROW
         qb = keys_base(q, run.b, run.first_row, h)
         gb = keys_base(grad_out, run.b, run.first_row, h)
         if CAREFUL == 1:
@@ -193,21 +186,21 @@ def _dkv_run(
             )
         if FLAT or CAREFUL > 0:
             dk, dk_lost, dv, dv_lost = _dkv_loop(
-                keys, values, q, qb, grad_out, gb, shift + n, log_sum + n, delta + n, start, end, tile, left, factor,
+                keys, values, q, qb, grad_out, gb, here, start, end, tile, left, scale,
                 dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N, True, CAREFUL, EDGE_STAGES,
             )  # fmt: skip
         else:
             dk, dk_lost, dv, dv_lost = _dkv_loop(
-                keys, values, q, qb, grad_out, gb, shift + n, log_sum + n, delta + n, start, tl.minimum(hot, end), tile,
-                left, factor, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N, True, 0,
+                keys, values, q, qb, grad_out, gb, here, start, tl.minimum(hot, end), tile,
+                left, scale, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N, True, 0,
                 EDGE_STAGES,
             )  # fmt: skip
             dk, dk_lost, dv, dv_lost = _dkv_loop(
-                keys, values, q, qb, grad_out, gb, shift + n, log_sum + n, delta + n, hot, cold, tile, left, factor,
+                keys, values, q, qb, grad_out, gb, here, hot, cold, tile, left, scale,
                 dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N, False, 0, None,
             )  # fmt: skip
             dk, dk_lost, dv, dv_lost = _dkv_loop(
-                keys, values, q, qb, grad_out, gb, shift + n, log_sum + n, delta + n, cold, end, tile, left, factor,
+                keys, values, q, qb, grad_out, gb, here, cold, end, tile, left, scale,
                 dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N, True, 0, EDGE_STAGES,
             )  # fmt: skip
     # A key that does not exist leaves nothing, and what it made of the other factor is not looked at.
@@ -228,7 +221,7 @@ def _load_tile_keys(base, stride, first, count, WIDTH: tl.constexpr, BLOCK_W: tl
 
 @triton.jit
 def banded_bwd_dkv_tile(
-    grad_out: Rows, q: Rows, k: Rows, v: Rows, shift, log_sum, delta, seqs: Sequences, num_key_rows, scale,
+    grad_out: Rows, q: Rows, k: Rows, v: Rows, weights, seqs: Sequences, num_key_rows, scale,
     w, hk, split, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -242,13 +235,12 @@ def banded_bwd_dkv_tile(
     v_base = keys_base(v, run.b, tile.first_key, hk)
     keys = _load_tile_keys(k_base, k.strides[1], tile.first, tile.count, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK_N)
     values = _load_tile_keys(v_base, v.strides[1], tile.first, tile.count, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK_N)
-    factor = scale * LOG2E
 
     tokens = tl.cdiv(tl.cdiv(tile.some_to - tile.some_from, TOKENS), SIZES.SPLITS) * TOKENS
     start = tl.minimum(tile.some_from + split * tokens, tile.some_to)
     end = tl.minimum(start + tokens, tile.some_to)
     dk, dv = _dkv_run(
-        grad_out, q, keys, values, shift, log_sum, delta, start, end, seqs, hk, tile, factor, SIZES, BLOCK_M, TOKENS,
+        grad_out, q, keys, values, weights, start, end, seqs, hk, tile, scale, SIZES, BLOCK_M, TOKENS,
         HEADS, BLOCK_N, FLAT, 0, EDGE_STAGES,
     )  # fmt: skip
     # As in the forward: a query that only some of the keys are seen by can do harm only if it is not finite.
@@ -260,20 +252,20 @@ def banded_bwd_dkv_tile(
         FEW_HEADS: tl.constexpr = min(HEADS, 16)
         # One result at a time: both would not fit in registers, which slows the other loops as well.
         dk, _ = _dkv_run(
-            grad_out, q, keys, values, shift, log_sum, delta, start, end, seqs, hk, tile, factor, SIZES, 16,
+            grad_out, q, keys, values, weights, start, end, seqs, hk, tile, scale, SIZES, 16,
             16 // FEW_HEADS, FEW_HEADS, BLOCK_N, True, 1, 1,
         )  # fmt: skip
         _, dv = _dkv_run(
-            grad_out, q, keys, values, shift, log_sum, delta, start, end, seqs, hk, tile, factor, SIZES, 16,
+            grad_out, q, keys, values, weights, start, end, seqs, hk, tile, scale, SIZES, 16,
             16 // FEW_HEADS, FEW_HEADS, BLOCK_N, True, 2, 1,
         )  # fmt: skip
     row, exists = rows_of_keys(tile, seqs, num_key_rows, BLOCK_N)
-    return dk * scale, dv, run.b, row, exists
+    return dk, dv, run.b, row, exists
 
 
 @triton.jit
 def banded_bwd_dkv_kernel(
-    grad_out: Rows, q: Rows, k: Rows, v: Rows, shift, log_sum, delta, dk, dv, seqs: Sequences, num_key_rows, scale,
+    grad_out: Rows, q: Rows, k: Rows, v: Rows, weights, dk, dv, seqs: Sequences, num_key_rows, scale,
     SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr, FLAT: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -282,7 +274,7 @@ def banded_bwd_dkv_kernel(
     hk = tl.program_id(1)
     split = tl.program_id(2)
     value, value_v, run_b, row, exists = banded_bwd_dkv_tile(
-        grad_out, q, k, v, shift, log_sum, delta, seqs, num_key_rows, scale, w, hk, split, SIZES, BLOCK_M, TOKENS,
+        grad_out, q, k, v, weights, seqs, num_key_rows, scale, w, hk, split, SIZES, BLOCK_M, TOKENS,
         HEADS, BLOCK_N, FLAT, EDGE_STAGES,
     )  # fmt: skip
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
@@ -302,16 +294,15 @@ def banded_bwd_dkv_kernel(
 
 
 def plan(
-    grad_out: Any, q: Any, k: Any, v: Any, shift: Any, log_sum: Any, delta: Any, cu_seqlens_q: Any = None,
+    grad_out: Any, q: Any, k: Any, v: Any, weights: Any, cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None, seqused_k: Any = None, leftpad_k: Any = None, *, seq_len_k: Any, key_stride: int,
     first_end: int, window: int, scale: float, splits: int,
 ) -> Plan:  # fmt: skip
     """Of ``splits`` > 1 the results are float32 and ``[splits * batch, key rows, num_kv_heads, width]``."""
     found = inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, seq_len_k, scale)
-    rows = {"shift": Dense(shift), "log_sum": Dense(log_sum), "delta": Dense(delta)}
     dtype = k.dtype if splits == 1 else torch.float32
     return Plan(
-        inputs={"grad_out": Strided(grad_out), **found, **rows},
+        inputs={"grad_out": Strided(grad_out), **found, "weights": Dense(weights)},
         outputs={name: Output((splits * x.shape[0], *x.shape[1:]), dtype) for name, x in (("dk", k), ("dv", v))},
         sizes=BandedSizes.of_call(q, k, v, key_stride, first_end, window)._replace(SPLITS=splits),
         extent=(*extent(q, k, cu_seqlens_q), splits),
@@ -362,7 +353,7 @@ def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
 BANDED_BWD_DKV = Kernel(
     fn=banded_bwd_dkv_kernel,
     schema=(
-        "_banded_bwd_dkv(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor shift, Tensor log_sum, Tensor delta, "
+        "_banded_bwd_dkv(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor weights, "
         f"{ARGUMENTS}, int splits) -> (Tensor dk, Tensor dv)"
     ),
     plan=plan,

@@ -13,60 +13,69 @@ import triton
 import triton.language as tl
 
 from ...tiling import Config, Device
-from ..kernel import SEQUENCES, Kernel, Output, Plan, sequences
-from ..sequences import Rows, Sequences
+from ..kernel import SEQUENCES, Dense, Kernel, Output, Plan, Strided, sequences
+from ..sequences import Rows, Run, Sequences
 from ..tiles import (
-    LOG2E,
-    Statistics,
     accumulate,
     dot,
     finite_part,
-    load_statistics,
+    gradient_of_scores,
+    load_weights,
     store_output,
     store_tile,
-)  # fmt: skip
+    weights_of,
+    without_rows,
+)
 from .fwd_kv_outer import grid
-from .lists import chunk_keys, hides_keys, list_rows, list_tile, load_chunk, load_rows
-from .sizes import (
-    BACKWARD,
-    LISTS,
-    Lists,
-    SelectedSizes,
-    attention_inputs,
-    backward_inputs,
-    list_inputs,
-    spread,
-    stages,
-    warps,
-)  # fmt: skip
+from .lists import chunk_keys, list_rows, list_tile, load_chunk, load_entries, load_rows, tiles_that_hide
+from .sizes import LISTS, Lists, SelectedSizes, attention_inputs, list_inputs, spread, stages, warps
 
 
 @triton.jit
-def chunk_gradients(q, grad_out, k, v, keys, pos, some_hidden, shift, log_sum, delta, scale):
-    """What BLOCK_M rows add to a chunk's gradients.
+def _rows_loop(
+    grad_out: Rows, q: Rows, k, v, weights, lists: Lists, dq_partial, first, last, start, end, chunk, hk, keys, run: Run,
+    seqs: Sequences, scale, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Add what the rows of tiles ``start`` to ``end`` of a list give; HIDDEN: some may not see all keys.
 
-    Returns ``(dk, dv, ds_t)``: float32 ``[CHUNK_N, BLOCK_D]``, ``[CHUNK_N, BLOCK_DV]`` and the gradient of the scores
-    before scaling, ``[CHUNK_N, BLOCK_M]`` (keys first, so that both products take it as it lies in registers).
-
-    Masks are left out where no row needs them; a row that sees nothing gets an infinite sum, so that its weights are 0.
+    Products have keys first, so that all take their operands as they lie; dq's as well, for 64 rows of the tensor cores.
     """
-    scores = dot(k, tl.trans(q))  # [CHUNK_N, BLOCK_M]
-    if some_hidden:
-        scores = tl.where(keys[:, None] <= pos[None, :], scores, float("-inf"))
-    log_sum = tl.where(log_sum > float("-inf"), log_sum, float("inf")) * LOG2E
-    p = tl.exp2((scores - shift[None, :]) * (scale * LOG2E) - log_sum[None, :])
-    dv = dot(p.to(grad_out.dtype), grad_out)
-    ds = p * tl.fma(dot(v, tl.trans(grad_out)), scale, -(delta * scale)[None, :])
-    if some_hidden:  # a weight of 0 does not keep out what is not finite
-        ds = tl.where(keys[:, None] <= pos[None, :], ds, 0.0)
-    ds = ds.to(q.dtype)
-    return dot(ds, q), dv, ds
+    COMPENSATED: tl.constexpr = SIZES.ITEMSIZE == 4
+    for m in range(start, end):
+        entry = load_entries(lists.entries, first, last, m, SIZES, BLOCK_M)
+        valid, n, t, pos, g, partial = list_rows(entry, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
+        q_rows = load_rows(q, run.b, hk, t, g, None, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+        grad_rows = load_rows(grad_out, run.b, hk, t, g, None, SIZES.GROUP, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+        row = ((n * SIZES.NUM_KV_HEADS + hk) * SIZES.GROUP + g).to(tl.uint32)
+        scores = dot(k, tl.trans(q_rows))  # [CHUNK_N, BLOCK_M]
+        known = without_rows(load_weights(weights, row, None, COMPENSATED), valid, COMPENSATED)
+        p = weights_of(scores, known, scale, COMPENSATED)
+        ds = gradient_of_scores(p, dot(v, tl.trans(grad_rows)), known, scale, COMPENSATED)
+        if HIDDEN:
+            visible = keys[:, None] <= pos[None, :]
+            p = tl.where(visible, p, 0.0)
+            ds = tl.where(visible, ds, 0.0)
+        p = p.to(grad_rows.dtype)
+        ds = ds.to(q_rows.dtype)
+        if COMPENSATED:
+            dv, dv_lost = accumulate(dv, dv_lost, dot(p, grad_rows), True)
+            dk, dk_lost = accumulate(dk, dk_lost, dot(ds, q_rows), True)
+        else:
+            dv = tl.dot(p, grad_rows, dv)
+            dk = tl.dot(ds, q_rows, dk)
+        if dq_partial is not None:
+            if HIDDEN:  # what is not finite must not reach the rows that do not see it, and 0 times it is NaN
+                dq = tl.trans(dot(tl.trans(finite_part(k)), ds))  # [BLOCK_M, BLOCK_D]
+            else:
+                dq = tl.trans(dot(tl.trans(k), ds))
+            store_tile(dq_partial, partial.to(tl.int64) * SIZES.HEAD_DIM, valid, dq, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+    return dk, dk_lost, dv, dv_lost
 
 
 @triton.jit
 def selected_bwd_kv_outer_kernel(
-    grad_out: Rows, q: Rows, k: Rows, v: Rows, block_indices, rows: Statistics, lists: Lists,
-    dk_tiles, dv_tiles, dq_partial, seqs: Sequences, scale, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
+    grad_out: Rows, q: Rows, k: Rows, v: Rows, block_indices, weights, lists: Lists, dk_tiles, dv_tiles, dq_partial,
+    seqs: Sequences, scale, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     w = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -74,9 +83,7 @@ def selected_bwd_kv_outer_kernel(
     keys, exists = chunk_keys(block, chunk, run.num_keys, first < last, SIZES)
     k_chunk = load_chunk(k, run, hk, keys, exists, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     v_chunk = load_chunk(v, run, hk, keys, exists, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
-    # A key that is not finite spoils the ds of the rows that see it, and must not reach the others: 0 times it is NaN.
-    k_finite = finite_part(k_chunk)
-    keys_end = block * SIZES.BLOCK_SIZE + (chunk + 1) * SIZES.CHUNK_N
+    hidden = tiles_that_hide(lists.entries, first, last, block, chunk, run, seqs, SIZES, BLOCK_M)
     HEAD_DIM: tl.constexpr = SIZES.HEAD_DIM
     CHUNK_N: tl.constexpr = SIZES.CHUNK_N
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
@@ -85,21 +92,15 @@ def selected_bwd_kv_outer_kernel(
     dv = tl.zeros([CHUNK_N, BLOCK_DV], tl.float32)
     dk_lost = tl.zeros([CHUNK_N, BLOCK_D], tl.float32)
     dv_lost = tl.zeros([CHUNK_N, BLOCK_DV], tl.float32)
-    for m in range(tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M)):
-        valid, n, t, pos, g, partial = list_rows(lists.entries, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
-        q_rows = load_rows(q, run.b, hk, t, g, valid, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
-        grad_rows = load_rows(grad_out, run.b, hk, t, g, valid, SIZES.GROUP, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
-        some_hidden = hides_keys(lists.entries, first, m, keys_end, run, seqs, SIZES, BLOCK_M)
-        row = ((n * SIZES.NUM_KV_HEADS + hk) * SIZES.GROUP + g).to(tl.uint32)
-        shift, log_sum, delta = load_statistics(rows, row, valid)
-        dk_part, dv_part, ds = chunk_gradients(
-            q_rows, grad_rows, k_chunk, v_chunk, keys, pos, some_hidden, shift, log_sum, delta, scale
-        )
-        dk, dk_lost = accumulate(dk, dk_lost, dk_part, SIZES.ITEMSIZE == 4)
-        dv, dv_lost = accumulate(dv, dv_lost, dv_part, SIZES.ITEMSIZE == 4)
-        if dq_partial is not None:
-            dq = dot(tl.trans(ds), k_finite)  # [BLOCK_M, BLOCK_D]
-            store_tile(dq_partial, partial.to(tl.int64) * SIZES.HEAD_DIM, valid, dq, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+    dk, dk_lost, dv, dv_lost = _rows_loop(
+        grad_out, q, k_chunk, v_chunk, weights, lists, dq_partial, first, last, 0, hidden, chunk, hk, keys, run, seqs,
+        scale, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, True,
+    )  # fmt: skip
+    dk, dk_lost, dv, dv_lost = _rows_loop(
+        grad_out, q, k_chunk, v_chunk, weights, lists, dq_partial, first, last, hidden,
+        tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M), chunk, hk, keys, run, seqs, scale, dk, dk_lost, dv, dv_lost,
+        SIZES, BLOCK_M, False,
+    )  # fmt: skip
     if first < last:
         tile_rows = (w.to(tl.int64) * SIZES.NUM_CHUNKS + chunk) * SIZES.CHUNK_N + tl.arange(0, SIZES.CHUNK_N)
         every = tile_rows >= 0
@@ -110,7 +111,7 @@ def selected_bwd_kv_outer_kernel(
 
 
 def plan(
-    grad_out: Any, q: Any, k: Any, v: Any, block_indices: Any, shift: Any, log_sum: Any, delta: Any,
+    grad_out: Any, q: Any, k: Any, v: Any, block_indices: Any, weights: Any,
     *lists_and_seqs: Any, block_size: int, scale: float, with_dq: bool,
 ) -> Plan:  # fmt: skip
     """Float32 tiles ``[W, C, CHUNK_N, D or DV]`` of dk and dv; if wanted, dq's partials ``[B, T, HK, S, C, G, D]``."""
@@ -119,8 +120,9 @@ def plan(
     tile = (num_tiles, sizes.NUM_CHUNKS, sizes.CHUNK_N)
     partial = (*block_indices.shape, sizes.NUM_CHUNKS, sizes.GROUP, sizes.HEAD_DIM)
     return Plan(
-        backward_inputs(grad_out, shift, log_sum, delta)
+        {"grad_out": Strided(grad_out)}
         | attention_inputs(q, k, v, block_indices)
+        | {"weights": Dense(weights)}
         | list_inputs(lists_and_seqs[:4])
         | {"seqs": sequences(q, k.shape[1], lists_and_seqs[4:]), "scale": scale},
         {
@@ -134,22 +136,24 @@ def plan(
 
 
 def heuristic(sizes: SelectedSizes, device: Device) -> Config:
-    """As measured on an H200."""
+    """As measured on an H100. A row is two loads away, its entry's and its own; five stages are two iterations each."""
+    pipelined = 5 if device.arch in ("sm_90", "sm_100") else 2
     return Config(
         {"BLOCK_M": 16 if sizes.row_bytes > 256 or sizes.ITEMSIZE == 4 else 32},
         warps(sizes, 4 if sizes.widest <= 128 and sizes.CHUNK_N <= 64 else 8, device),
-        stages(2, device) if sizes.row_bytes <= 256 else 1,
+        stages(pipelined, device) if sizes.row_bytes <= 256 else 1,
     )
 
 
 def candidates(sizes: SelectedSizes, device: Device) -> list[Config]:
     """What is worth measuring."""
-    return spread(heuristic(sizes, device), {"BLOCK_M": [32, 64, 128]}, (4, 8), (1, 2, 3))
+    return spread(heuristic(sizes, device), {"BLOCK_M": [16, 32, 64]}, (4, 8), (1, 2, 3, 5))
 
 
 BWD_KV_OUTER = Kernel(
     selected_bwd_kv_outer_kernel,
-    f"_selected_bwd_kv_outer({BACKWARD}, {LISTS}, {SEQUENCES}, *, int block_size, float scale, bool with_dq) "
+    "_selected_bwd_kv_outer(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor block_indices, Tensor weights, "
+    f"{LISTS}, {SEQUENCES}, *, int block_size, float scale, bool with_dq) "
     "-> (Tensor dk_tiles, Tensor dv_tiles, Tensor dq_partial)",
     plan, grid, heuristic, candidates,
 )  # fmt: skip

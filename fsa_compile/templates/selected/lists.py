@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..sequences import Rows, Run, Sequences, run_of_row
-from ..tiles import load_tile
+from ..tiles import load_tile, load_whole_tile
 from .sizes import Lists
 
 # Partials of a row up to which their loop is unrolled.
@@ -36,37 +36,61 @@ def list_tile(w, block_indices, lists: Lists, seqs: Sequences, SIZES: tl.constex
 
 
 @triton.jit
-def list_rows(entries, first, last, m, chunk, run: Run, seqs: Sequences, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The ``m``-th BLOCK_M rows of a tile. A row is one query head of one entry, so that a group's heads go together.
+def rows_of_tile(first, m, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of the ``m``-th BLOCK_M rows of the tile that starts at entry ``first``: their entries, and heads in the group.
+
+    A row is one query head of one entry, so that a group's heads go together.
+    """
+    row = tl.arange(0, BLOCK_M)
+    if BLOCK_M % SIZES.GROUP == 0:  # heads that do not depend on m
+        return first + m * (BLOCK_M // SIZES.GROUP) + row // SIZES.GROUP, row % SIZES.GROUP
+    else:
+        row += m * BLOCK_M
+        return first + row // SIZES.GROUP, row % SIZES.GROUP
+
+
+@triton.jit
+def load_entries(entries, first, last, m, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The entries of the rows of ``rows_of_tile``; past the end the last one again, whose rows exist."""
+    place, _ = rows_of_tile(first, m, SIZES, BLOCK_M)
+    return tl.load(entries + tl.maximum(tl.minimum(place, last - 1), 0))
+
+
+@triton.jit
+def list_rows(
+    entry, first, last, m, chunk, run: Run, seqs: Sequences, SIZES: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """The rows of ``rows_of_tile`` that entries ``entry`` are.
 
     Returns ``(valid, n, t, pos, g, partial)``: whether the row exists, its query row, its place on the time axis, its
     position, its head within the group, its partial's row (in 32 bits: that many partials fit no memory).
     """
-    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
-    place = first + row // SIZES.GROUP
-    valid = place < last
-    g = row % SIZES.GROUP
-    entry = tl.load(entries + place, mask=valid, other=0).to(tl.uint32)
+    place, g = rows_of_tile(first, m, SIZES, BLOCK_M)
+    entry = entry.to(tl.uint32)
     n = (entry // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)).to(tl.int32)
     t = n
     if seqs.cu_seqlens_q is None:
         t -= run.b * seqs.seq_len
     partial = (entry * SIZES.NUM_CHUNKS + chunk.to(tl.uint32)) * SIZES.GROUP + g.to(tl.uint32)
-    return valid, n, t, run.offset + t - run.first_row, g, partial
+    return place < last, n, t, run.offset + t - run.first_row, g, partial
 
 
 @triton.jit
-def hides_keys(entries, first, m, keys_end, run: Run, seqs: Sequences, SIZES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Whether keys before ``keys_end`` are after the position of one of the tile's ``m``-th BLOCK_M rows.
+def tiles_that_hide(
+    entries, first, last, block, chunk, run: Run, seqs: Sequences, SIZES: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """How many of a tile's first BLOCK_M rows at a time have one that does not see all keys of the chunk.
 
-    Entries are in row order: the first of them tells.
+    Entries are in row order, and those in the chunk itself come first.
     """
-    n = (
-        tl.load(entries + first + m * BLOCK_M // SIZES.GROUP).to(tl.uint32) // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)
-    ).to(tl.int32)
+    ENTRIES: tl.constexpr = SIZES.ENTRIES_PER_TILE
+    place = first + tl.arange(0, ENTRIES)
+    entry = tl.load(entries + place, mask=place < last, other=2147483647)
+    n = entry // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)
     if seqs.cu_seqlens_q is None:
         n -= run.b * seqs.seq_len
-    return run.offset + n - run.first_row < keys_end - 1
+    sees = block * SIZES.BLOCK_SIZE + (chunk + 1) * SIZES.CHUNK_N - 1 - run.offset + run.first_row
+    return tl.cdiv(tl.sum((n < sees).to(tl.int32), 0) * SIZES.GROUP, BLOCK_M)
 
 
 @triton.jit
@@ -85,9 +109,13 @@ def load_chunk(x: Rows, run: Run, hk, keys, exists, WIDTH: tl.constexpr, BLOCK_W
 
 @triton.jit
 def load_rows(x: Rows, b, hk, t, g, valid, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Query rows ``t`` and heads ``g`` of a group, of a ``[B, T, HQ, W]`` tensor."""  # [BLOCK_M, BLOCK_W]
+    """Query rows ``t`` and heads ``g`` of a group, of a ``[B, T, HQ, W]`` tensor; valid None: there are all of them."""
     base = x.ptr + b.to(tl.int64) * x.strides[0] + hk.to(tl.int64) * (GROUP * x.strides[2])
-    return load_tile(base, t.to(tl.int64) * x.strides[1] + g * x.strides[2], valid, WIDTH, BLOCK_W)
+    rows = t.to(tl.int64) * x.strides[1] + g * x.strides[2]
+    if valid is not None:
+        return load_tile(base, rows, valid, WIDTH, BLOCK_W)
+    else:
+        return load_whole_tile(base, rows, WIDTH, BLOCK_W)
 
 
 @triton.jit

@@ -14,10 +14,10 @@ LISTS = "Tensor entries, Tensor tile_list, Tensor tile_offsets, Tensor list_offs
 class Lists(NamedTuple):
     """Per-block lists of the entries that chose a block, and their cutting into tiles.
 
-    entries: (num_entries,), int64, grouped by list, in row order within a list.
+    entries: (num_entries,), int32, grouped by list, in row order within a list.
     tile_list: (num_tiles,), int32, the list a tile belongs to, -1 for the unused tiles at the end.
     tile_offsets: (num_lists + 1,), int32, the first tile of each list.
-    list_offsets: (num_lists + 1,), int64, the first entry of each list.
+    list_offsets: (num_lists + 1,), int32, the first entry of each list.
     """
 
     entries: Any
