@@ -250,6 +250,7 @@ def _kernel_type(imports: str) -> type:
 
         def render(self, template: Any, kwargs: dict[str, Any], *args: Any) -> Any:
             self._numbers_from = kwargs.get("NUMBERS_FROM", 0)
+            self._hides_lengths = kwargs.get("HIDES_LENGTHS", False)
             self._register_extra_template_env_fns(self.number)
             return super().render(template, kwargs, *args)
 
@@ -261,7 +262,8 @@ def _kernel_type(imports: str) -> type:
             if not code.isdecimal():
                 return f"({code}).to(tl.int32)"  # lengths fit 32 bits
             constant = f"tl.full([], {code}, tl.int32)"
-            return constant if torch.version.hip else f"at_run_time({constant})"
+            # a launch is compiled for a 1, and knows of no other number
+            return f"at_run_time({constant})" if self._hides_lengths and code != "1" else constant
 
     return PackageTemplateKernel
 

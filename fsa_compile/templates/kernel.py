@@ -89,6 +89,7 @@ class Kernel:
     grid: ``grid(extent, tiles, cdiv) -> (x, y, z)``.
     heuristic, candidates: the configuration for given sizes on a device, and those worth measuring.
     fuses_epilogue: whether pointwise work that follows is fused into the first output's store, as was measured.
+    hides_lengths: whether the compiler must not see a template's lengths where they are constants (``at_run_time``).
     """
 
     fn: Any
@@ -98,6 +99,7 @@ class Kernel:
     heuristic: Callable[[Any, Device], Config]
     candidates: Callable[[Any, Device], list[Config]]
     fuses_epilogue: bool = True
+    hides_lengths: bool = False
     name: str = field(init=False)
 
     def __post_init__(self) -> None:

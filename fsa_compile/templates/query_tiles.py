@@ -83,6 +83,24 @@ def keys_base(x: Rows, b, first, hk):
 
 
 @triton.jit
+def load_keys(here, stride, left, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
+              MASKED: tl.constexpr):  # fmt: skip
+    """The BLOCK keys from ``here`` on; those past ``left`` are 0 if MASKED, and must exist if not."""
+    i = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK_W)
+    pointers = here + (i[:, None] * stride + cols[None, :])  # [BLOCK, BLOCK_W]
+    if MASKED:
+        mask = (i < left)[:, None]
+        if BLOCK_W != WIDTH:
+            mask = mask & (cols < WIDTH)[None, :]
+        return tl.load(pointers, mask=mask, other=0.0)
+    elif BLOCK_W != WIDTH:
+        return tl.load(pointers, mask=(cols < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
 def exponent_shift(row_max, factor):
     """What is subtracted from scaled scores; never -inf, so that nothing is NaN by itself."""
     return tl.maximum(row_max * factor, LOWEST)

@@ -173,7 +173,9 @@ def _dkv_run(
     for part in tl.static_range(PARTS):
         h = hk * SIZES.GROUP + part * HEADS
         left = SIZES.GROUP - part * HEADS
-        here = weights + rows_apart(run.b.to(tl.int64) * seqs.seq_len + run.first_row, NUM_HEADS * PER_ROW) + h * PER_ROW
+        here = (
+            weights + rows_apart(run.b.to(tl.int64) * seqs.seq_len + run.first_row, NUM_HEADS * PER_ROW) + h * PER_ROW
+        )
         qb = keys_base(q, run.b, run.first_row, h)
         gb = keys_base(grad_out, run.b, run.first_row, h)
         if CAREFUL == 1:
@@ -360,4 +362,5 @@ BANDED_BWD_DKV = Kernel(
     grid=grid,
     heuristic=heuristic,
     candidates=candidates,
+    hides_lengths=True,
 )

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
-from ..query_tiles import keys_base, load_rows, load_weights, place_of_tile, query_grid, what_was_lost
+from ..query_tiles import keys_base, load_keys, load_rows, load_weights, place_of_tile, query_grid, what_was_lost
 from ..sequences import Rows, Sequences, run_of_tile
 from ..tiles import LOG2E, Statistics, all_finite, columns, dense_strides, dot, finite_part, rows_apart, store_output
 from .sizes import (
@@ -24,7 +24,6 @@ from .sizes import (
     in_band,
     inputs,
     keys_of_run,
-    load_keys,
     nan_of_keys,
     query_config,
 )
@@ -154,6 +153,8 @@ def heuristic(sizes: BandedSizes, device: Device) -> Config:
         return query_config(sizes, 32, 32, 0, 8, 1)
     if sizes.widest > 128:
         return query_config(sizes, 64, 32, 0, 8, pipelined)
+    if sizes.WINDOW == 0 and device.arch == "sm_90":
+        return query_config(sizes, 128, 32, 0, 8, 3, 1, 128)
     return query_config(sizes, 64, 64, 0, 4, pipelined)
 
 
@@ -164,7 +165,8 @@ def candidates(sizes: BandedSizes, device: Device) -> list[Config]:
         for block_m, warps in ((64, 4), (128, 8)):
             for block_n, stages in ((64, 2), (32, 3)):
                 found += [query_config(sizes, block_m, block_n, block_e, warps, stages, 2) for block_e in (0, 32)]
-    return found
+        found += [] if device.arch == "hip" else [query_config(sizes, 128, 32, 0, 8, 3, 1, 128)]
+    return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
 BANDED_BWD_DQ = Kernel(

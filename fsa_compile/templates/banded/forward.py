@@ -23,6 +23,7 @@ from ..query_tiles import (
     LOWEST,
     exponent_shift,
     keys_base,
+    load_keys,
     load_rows,
     place_of_tile,
     query_grid,
@@ -40,7 +41,6 @@ from .sizes import (
     in_band,
     inputs,
     keys_of_run,
-    load_keys,
     nan_of_keys,
     query_config,
 )

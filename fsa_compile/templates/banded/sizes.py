@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ...tiling import Config, padded
 from ..kernel import SEQUENCES, Strided, sequences
-from ..query_tiles import Place, query_tiles
+from ..query_tiles import Place, load_keys, query_tiles
 from ..sequences import Run, Sequences, batched_run, find_run, packed_run, run_start
 from ..tiles import add_met, rows_apart
 
@@ -132,24 +132,6 @@ def band_of_tile(run: Run, first, count, place: Place, SIZES: tl.constexpr, TOKE
         some_from, all_from, keys_up_to(low, count, SIZES), keys_up_to(high, count, SIZES), row_from,
         keys_up_to(place.pos, count, SIZES),
     )  # fmt: skip
-
-
-@triton.jit
-def load_keys(here, stride, left, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
-              MASKED: tl.constexpr):  # fmt: skip
-    """The BLOCK keys from ``here`` on; those past ``left`` are 0 if MASKED, and must exist if not."""
-    i = tl.arange(0, BLOCK)
-    cols = tl.arange(0, BLOCK_W)
-    pointers = here + (i[:, None] * stride + cols[None, :])  # [BLOCK, BLOCK_W]
-    if MASKED:
-        mask = (i < left)[:, None]
-        if BLOCK_W != WIDTH:
-            mask = mask & (cols < WIDTH)[None, :]
-        return tl.load(pointers, mask=mask, other=0.0)
-    elif BLOCK_W != WIDTH:
-        return tl.load(pointers, mask=(cols < WIDTH)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
 
 
 @triton.jit

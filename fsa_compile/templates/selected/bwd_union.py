@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from ..kernel import SEQUENCES, Kernel, Output, Plan
-from ..query_tiles import keys_base, load_rows, load_weights, place_of_tile, what_was_lost
+from ..query_tiles import keys_base, load_keys, load_rows, load_weights, place_of_tile, what_was_lost
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, Statistics, all_finite, columns, dense_strides, dot, finite_part, store_output
+from ..tiles import LOG2E, Statistics, all_finite, columns, dense_strides, dot, finite_part, rows_apart, store_output
 from .sizes import backward_inputs
 from .unions import UNIONS, Unions
 from .walks import (
@@ -26,7 +26,6 @@ from .walks import (
     inputs,
     is_past,
     key_tile,
-    load_keys,
     nan_of_walk,
     walk_of_tile,
 )
@@ -40,9 +39,11 @@ def _dq_loop(
     # A mask an element takes fewer registers than a number a row, which wide rows do not have.
     WIDE: tl.constexpr = SIZES.BLOCK_D + SIZES.BLOCK_DV > 256
     for i in tl.range(0, walk.tiles, num_stages=STAGES):
-        start, keys, chosen, _ = key_tile(walk, i, SIZES)
-        k = load_keys(k_base, k_stride, keys, SIZES.HEAD_DIM, SIZES.BLOCK_D)
-        v = load_keys(v_base, v_stride, keys, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+        start, left, chosen, _ = key_tile(walk, i, SIZES)
+        k_here = k_base + rows_apart(start, k_stride)
+        v_here = v_base + rows_apart(start, v_stride)
+        k = load_keys(k_here, k_stride, left, SIZES.HEAD_DIM, SIZES.BLOCK_D, SIZES.BLOCK_N, True)
+        v = load_keys(v_here, v_stride, left, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, SIZES.BLOCK_N, True)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if WIDE:
             weights = tl.exp2(tl.fma(scores, factor, minus[:, None]))

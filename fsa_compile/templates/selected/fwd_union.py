@@ -19,13 +19,14 @@ from ..query_tiles import (
     LOWEST,
     exponent_shift,
     keys_base,
+    load_keys,
     load_rows,
     place_of_tile,
     softmax_end,
     softmax_step,
 )
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, store_output
+from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, rows_apart, store_output
 from . import walks
 from .unions import UNIONS, Unions
 from .walks import (
@@ -37,7 +38,6 @@ from .walks import (
     inputs,
     is_past,
     key_tile,
-    load_keys,
     nan_of_walk,
     walk_of_tile,
 )
@@ -56,8 +56,9 @@ def _fwd_loop(
     # One bit a token, as in ``members``; a block that a token selected has a key that it sees.
     seen = absent
     for i in tl.range(0, walk.tiles, num_stages=STAGES):
-        start, keys, chosen, members = key_tile(walk, i, SIZES)
-        k = load_keys(k_base, k_stride, keys, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+        start, left, chosen, members = key_tile(walk, i, SIZES)
+        here = k_base + rows_apart(start, k_stride)
+        k = load_keys(here, k_stride, left, SIZES.HEAD_DIM, SIZES.BLOCK_D, SIZES.BLOCK_N, True)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if CAREFUL:
             scores = tl.where(chosen[:, None], scores, float("-inf"))
@@ -76,7 +77,8 @@ def _fwd_loop(
                 scores = tl.where(chosen[:, None], scores, float("-inf"))
             p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, factor)
             acc = acc * decay[:, None]
-        v = load_keys(v_base, v_stride, keys, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+        here = v_base + rows_apart(start, v_stride)
+        v = load_keys(here, v_stride, left, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, SIZES.BLOCK_N, True)
         if CAREFUL:
             v = finite_part(v)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")

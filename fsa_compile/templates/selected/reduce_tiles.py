@@ -14,33 +14,40 @@ from ..tiles import columns, dense_strides, load_tile, store_output
 from .sizes import SelectedSizes, spread
 
 
+# Tiles whose loads are in flight together: a list that every query is in has 64 of them per 64K tokens.
+AT_ONCE = tl.constexpr(4)
+
+
 @triton.jit
-def reduce_tiles_tile(tiles, tile_offsets, block_list, chunk, exists, SIZES: tl.constexpr):
-    """The sum of one chunk's tiles of a list: float32 ``[CHUNK_N, BLOCK_D]``."""
-    CHUNK_N: tl.constexpr = SIZES.CHUNK_N
+def reduce_tiles_tile(
+    tiles, tile_offsets, block_list, first, exists, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """The sums of BLOCK_R rows, from ``first`` on, of a list's tiles: float32 ``[BLOCK_R, BLOCK_D]``."""
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
-    total = tl.zeros([CHUNK_N, BLOCK_D], tl.float32)
-    chunk_rows = (chunk * CHUNK_N + tl.arange(0, CHUNK_N)).to(tl.int64)
-    for w in range(tl.load(tile_offsets + block_list), tl.load(tile_offsets + block_list + 1)):
-        rows = (chunk_rows + w * (SIZES.NUM_CHUNKS * SIZES.CHUNK_N)) * SIZES.HEAD_DIM
-        total += load_tile(tiles, rows, exists, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+    ROWS: tl.constexpr = SIZES.NUM_CHUNKS * SIZES.CHUNK_N
+    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    rows = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+    end = tl.load(tile_offsets + block_list + 1)
+    for w in range(tl.load(tile_offsets + block_list), end, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            there = exists & (w + i < end)
+            total += load_tile(tiles, (rows + (w + i) * ROWS) * SIZES.HEAD_DIM, there, SIZES.HEAD_DIM, BLOCK_D)
     return total
 
 
 @triton.jit
-def reduce_tiles_kernel(tiles, tile_offsets, grad, seqs: Sequences, SIZES: tl.constexpr):
+def reduce_tiles_kernel(tiles, tile_offsets, grad, seqs: Sequences, SIZES: tl.constexpr, BLOCK_R: tl.constexpr):
     hk = tl.program_id(1)
-    chunk = tl.program_id(2)
+    first = tl.program_id(2) * BLOCK_R
     run, block, num_rows = run_of_block(seqs, tl.program_id(0), SIZES.BLOCK_SIZE)
-    key = block * SIZES.BLOCK_SIZE + chunk * SIZES.CHUNK_N + tl.arange(0, SIZES.CHUNK_N)
+    key = block * SIZES.BLOCK_SIZE + first + tl.arange(0, BLOCK_R)
     block_list = hk * tl.num_programs(0) + tl.program_id(0)
-    total = reduce_tiles_tile(tiles, tile_offsets, block_list, chunk, key < run.num_keys, SIZES)
+    total = reduce_tiles_tile(tiles, tile_offsets, block_list, first, key < run.num_keys, SIZES, BLOCK_R)
     t = (run.first_key + key) % seqs.seq_len_k
-    CHUNK_N: tl.constexpr = SIZES.CHUNK_N
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
     cols, mask = columns(key < num_rows, SIZES.HEAD_DIM, BLOCK_D)
     strides = dense_strides(seqs.seq_len_k, SIZES.NUM_KV_HEADS, SIZES.HEAD_DIM)
-    store_output(grad, (run.b, t[:, None], hk, cols), strides, total, mask, (CHUNK_N, BLOCK_D))
+    store_output(grad, (run.b, t[:, None], hk, cols), strides, total, mask, (BLOCK_R, BLOCK_D))
 
 
 def plan(tiles: Any, tile_offsets: Any, like: Any, *seqs: Any, block_size: int) -> Plan:
@@ -54,24 +61,26 @@ def plan(tiles: Any, tile_offsets: Any, like: Any, *seqs: Any, block_size: int) 
         {"tiles": Dense(tiles), "tile_offsets": Dense(tile_offsets), "seqs": runs},
         {"grad": Output(tuple(like.shape), like.dtype)},
         sizes,
-        (batch, seq_len_k, runs.num_seqs, runs.cu_seqlens_q is not None, block_size, num_kv_heads, num_chunks),
+        (batch, seq_len_k, runs.num_seqs, runs.cu_seqlens_q is not None, block_size, num_kv_heads),
     )
 
 
 def grid(extent: tuple[Any, ...], tiles: dict[str, Any], cdiv: Any) -> tuple[Any, Any, Any]:
-    """One program per block, key/value head and chunk."""
-    batch, seq_len_k, num_seqs, packed, block_size, num_kv_heads, num_chunks = extent
-    return num_tiles(batch, seq_len_k, num_seqs, packed, block_size, cdiv), num_kv_heads, num_chunks
+    """One program per BLOCK_R keys of a block and key/value head."""
+    batch, seq_len_k, num_seqs, packed, block_size, num_kv_heads = extent
+    blocks = num_tiles(batch, seq_len_k, num_seqs, packed, block_size, cdiv)
+    return blocks, num_kv_heads, block_size // tiles["BLOCK_R"]
 
 
 def heuristic(sizes: SelectedSizes, device: Device) -> Config:
-    """Bound by memory: any will do."""
-    return Config({}, 4 if sizes.HEAD_DIM <= 128 else 8, 2)
+    """Bound by memory; few rows a program, as the longest list is long."""
+    return Config({"BLOCK_R": min(16, sizes.BLOCK_SIZE)}, 4, 2)
 
 
 def candidates(sizes: SelectedSizes, device: Device) -> list[Config]:
     """What is worth measuring."""
-    return spread(heuristic(sizes, device), {}, (2, 4, 8), (1, 2, 3))
+    rows = [r for r in (8, 16, 32) if r <= sizes.BLOCK_SIZE]
+    return spread(heuristic(sizes, device), {"BLOCK_R": rows}, (1, 2, 4, 8), (2,))
 
 
 REDUCE_TILES = Kernel(

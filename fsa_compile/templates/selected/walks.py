@@ -9,9 +9,9 @@ import triton.language as tl
 
 from ...tiling import Config, Device, next_power_of_2, padded, selected_block_n
 from ..kernel import Dense, Strided, sequences
-from ..query_tiles import Place
+from ..query_tiles import Place, load_keys
 from ..sequences import Run
-from ..tiles import add_met, load_tile
+from ..tiles import add_met, rows_apart
 from .unions import Unions
 
 
@@ -45,7 +45,7 @@ class Walk(NamedTuple):
     """What a tile attends to. blocks, members: the pointers of its own union; tiles: key tiles in it.
 
     token: ``[BLOCK_M]``, a row's bit in ``members``. pos: its position, -1 if it does not exist. first: the position
-    of the tile's first token. last: the last key.
+    of the tile's first token. num_keys: of the run.
     """
 
     blocks: Any
@@ -54,7 +54,7 @@ class Walk(NamedTuple):
     token: Any
     pos: Any
     first: Any
-    last: Any
+    num_keys: Any
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def walk_of_tile(
     pos = tl.where(place.exists, place.pos, -1)
     return Walk(
         unions.blocks + union * SIZES.MOST, unions.members + union * SIZES.MOST, tiles, token, pos, run.offset + first,
-        run.num_keys - 1,
+        run.num_keys,
     )  # fmt: skip
 
 
@@ -77,15 +77,14 @@ def walk_of_tile(
 def key_tile(walk: Walk, i, SIZES: tl.constexpr):
     """The ``i``-th key tile.
 
-    Returns ``(start, keys, chosen, members)``: its first position, its rows of the run's keys ``[BLOCK_N]``, and who
-    selected its block, by row of the query tile ``[BLOCK_M]`` and as the union has it.
+    Returns ``(start, left, chosen, members)``: its first position, how many keys there are from it on, and who selected
+    its block, by row of the query tile ``[BLOCK_M]`` and as the union has it.
     """
     PER_BLOCK: tl.constexpr = SIZES.BLOCK_SIZE // SIZES.BLOCK_N
     start = tl.load(walk.blocks + i // PER_BLOCK) * SIZES.BLOCK_SIZE + (i % PER_BLOCK) * SIZES.BLOCK_N
     members = tl.load(walk.members + i // PER_BLOCK)
     chosen = ((members >> walk.token) & 1) > 0
-    # Past the end the last key stands in, which costs less than a mask and is not seen.
-    return start, tl.minimum(start + tl.arange(0, SIZES.BLOCK_N), walk.last), chosen, members
+    return start, walk.num_keys - start, chosen, members
 
 
 @triton.jit
@@ -97,13 +96,7 @@ def hides_keys(walk: Walk, start, SIZES: tl.constexpr):
 @triton.jit
 def is_past(walk: Walk, start, SIZES: tl.constexpr):
     """Which keys of the tile at ``start`` are at or before a row's position."""  # [BLOCK_M, BLOCK_N]
-    return (start + tl.arange(0, SIZES.BLOCK_N))[None, :] <= walk.pos[:, None]
-
-
-@triton.jit
-def load_keys(base, stride, keys, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Rows of k or v."""  # [BLOCK_N, BLOCK_W]
-    return load_tile(base, keys.to(tl.int64) * stride, keys >= 0, WIDTH, BLOCK_W)
+    return tl.arange(0, SIZES.BLOCK_N)[None, :] <= (walk.pos - start)[:, None]
 
 
 @triton.jit
@@ -113,9 +106,10 @@ def nan_of_walk(
     """NaN where a row sees a key whose ``k`` or ``v`` is not finite in that column, else 0: a careful sum's start."""
     met = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     for i in tl.range(0, walk.tiles, num_stages=1):
-        start, keys, chosen, _ = key_tile(walk, i, SIZES)
+        start, left, chosen, _ = key_tile(walk, i, SIZES)
         visible = chosen[:, None] & is_past(walk, start, SIZES)
-        met = add_met(met, visible, load_keys(base, stride, keys, WIDTH, BLOCK_W))
+        x = load_keys(base + rows_apart(start, stride), stride, left, WIDTH, BLOCK_W, SIZES.BLOCK_N, True)
+        met = add_met(met, visible, x)
     return tl.where(met > 0, float("nan"), 0.0)
 
 
