@@ -129,8 +129,8 @@ def compress(x: Tensor, **options: Any) -> Tensor:
 
 
 def _gated(gate: Tensor | None, out: Tensor) -> Tensor:
-    out = out.to(torch.float32)
-    return out if gate is None else gate.to(torch.float32).unsqueeze(-1) * out
+    # The product widens `out` by itself: widened before, a compiled training step kept that for its backward as well.
+    return out.to(torch.float32) if gate is None else gate.to(torch.float32).unsqueeze(-1) * out
 
 
 for _key in _KEYS:

@@ -11,11 +11,11 @@ __all__ = ["row_weights"]
 
 
 def row_weights(shift: Tensor, log_sum: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """The numbers of a row beside each other, as that pass gathers rows: float32 ``[B, T, HQ, 2]``, in float32 ``3``.
+    """The numbers of a row beside each other, as that pass gathers rows: float32 ``[B, T, HQ, 2]``, or ``3``.
 
-    A weight is ``exp2(score * scale * log2(e) + minus)``; the row has ``minus``, -inf if it sees nothing, and ``-scale *
-    delta``. One number rounds by 4e-4 at logits of 1e4, as much as a weight does in 16 bits; of float32 inputs the row
-    has ``shift``, ``log_sum`` (inf if it sees nothing) and ``-delta``.
+    A weight is ``exp2(score * scale * log2(e) + minus)``; the row has ``minus``, -inf if it sees nothing, and
+    ``-scale * delta``. One number rounds by 4e-4 at logits of 1e4, as much as a weight does in 16 bits; of float32 inputs the row
+    has three, ``shift``, ``log_sum`` (inf if it sees nothing) and ``-delta``.
     """
     nothing = log_sum == -torch.inf
     if dtype == torch.float32:

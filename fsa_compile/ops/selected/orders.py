@@ -114,8 +114,8 @@ def _backward(
 
 def _kv_outer_backward(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """All gradients from key blocks outside, dq as partials of that pass."""
-    grad_out, q, k, v, block_indices, *statistics = known
-    weights = row_weights(*statistics, sizes["scale"], q.dtype)
+    grad_out, q, k, v, block_indices, shift, log_sum, delta = known
+    weights = row_weights(shift, log_sum, delta, sizes["scale"], q.dtype)
     blocks_of = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
     group = q.shape[2] // k.shape[2]
 

@@ -33,12 +33,13 @@ from .sizes import LISTS, Lists, SelectedSizes, attention_inputs, list_inputs, s
 
 @triton.jit
 def _rows_loop(
-    grad_out: Rows, q: Rows, k, v, weights, lists: Lists, dq_partial, first, last, start, end, chunk, hk, keys, run: Run,
-    seqs: Sequences, scale, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, HIDDEN: tl.constexpr,
+    grad_out: Rows, q: Rows, k, v, weights, lists: Lists, dq_partial, first, last, start, end, chunk, hk, keys,
+    run: Run, seqs: Sequences, scale, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """Add what the rows of tiles ``start`` to ``end`` of a list give; HIDDEN: some may not see all keys.
 
-    Products have keys first, so that all take their operands as they lie; dq's as well, for 64 rows of the tensor cores.
+    Products have keys first, so that they take their operands as they lie; dq's too, as tensor cores take 64 rows.
     """
     COMPENSATED: tl.constexpr = SIZES.ITEMSIZE == 4
     for m in range(start, end):

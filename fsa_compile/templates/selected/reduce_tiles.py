@@ -13,7 +13,6 @@ from ..sequences import Sequences, num_tiles, run_of_block
 from ..tiles import columns, dense_strides, load_tile, store_output
 from .sizes import SelectedSizes, spread
 
-
 # Tiles whose loads are in flight together: a list that every query is in has 64 of them per 64K tokens.
 AT_ONCE = tl.constexpr(4)
 
@@ -74,7 +73,7 @@ def grid(extent: tuple[Any, ...], tiles: dict[str, Any], cdiv: Any) -> tuple[Any
 
 def heuristic(sizes: SelectedSizes, device: Device) -> Config:
     """Bound by memory; few rows a program, as the longest list is long."""
-    return Config({"BLOCK_R": min(16, sizes.BLOCK_SIZE)}, 4, 2)
+    return Config({"BLOCK_R": min(8, sizes.BLOCK_SIZE)}, 4, 2)
 
 
 def candidates(sizes: SelectedSizes, device: Device) -> list[Config]:
