@@ -14,7 +14,14 @@ from fsa_compile.ops.kernels import KERNELS
 from fsa_compile.ops.options import Layout
 from fsa_compile.ops.rules import RULES
 from fsa_compile.templates.kernel import Kernel, Plan
-from fsa_compile.testing.compile_only import SHARED_MEMORY, TARGETS, compile_emitted, compile_record, device_of
+from fsa_compile.testing.compile_only import (
+    SHARED_MEMORY,
+    TARGETS,
+    compile_emitted,
+    compile_record,
+    device_of,
+    takes_turns,
+)
 from fsa_compile.testing.fake_gpu import Harness
 from fsa_compile.testing.launches import Launches
 
@@ -22,10 +29,10 @@ from fsa_compile.testing.launches import Launches
 # and heads wider than 128 do not fit tiles that keep a tensor core busy, and are not tuned.
 STACK = 16  # a few bytes of stack are not spills
 SPILL_ALLOWANCE = {
-    "selected_bwd_kv_outer": 128,
+    "selected_bwd_kv_outer": 256,
     "selected_bwd_query_outer": 32,
     "banded_fwd": 192,
-    "banded_bwd_dq": 128,
+    "banded_bwd_dq": 384,
     "banded_bwd_dkv": 448,
     "select_blocks": 64,
 }
@@ -130,7 +137,9 @@ EMITTED: dict[str, tuple[str, list[tuple[int, ...]], dict[str, Any]]] = {
 
 
 # dk and dv of compressed keys spill less as a template; with 424 bytes of stack the backward took twice as long.
-EMITTED_SPILL_ALLOWANCE = 192
+EMITTED_SPILL_ALLOWANCE = {"banded_bwd_dkv": 192}
+# The forward of compressed keys hides its products behind each other's: four groups of warps.
+TAKE_TURNS = ("banded_fwd",)
 
 
 @pytest.mark.slow
@@ -152,6 +161,7 @@ def test_templates_need_no_more_than_their_records(case: str) -> None:
     for modules, usage in emitted:
         kernel = next(by_module[module] for module in modules if module in by_module)
         seen.append(kernel.name)
-        assert usage.spilled <= min(allowed(kernel, None), EMITTED_SPILL_ALLOWANCE), kernel.name
+        assert usage.spilled <= EMITTED_SPILL_ALLOWANCE.get(kernel.name, allowed(kernel, None)), kernel.name
+        assert kernel.name in TAKE_TURNS or not takes_turns(usage), kernel.name
         assert usage.shared <= SHARED_MEMORY["sm_90"]
     assert len(set(seen)) >= 2

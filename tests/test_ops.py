@@ -131,6 +131,25 @@ def test_nsa_attention_selects_its_own_blocks(device: str, name: str) -> None:
     torch.testing.assert_close(off, fsa.nsa_attention(x.q, x.k, x.v, x.g_cmp, x.g_slc, None, **options))
 
 
+def test_gates_keep_nothing_wider_than_the_branches(device: str) -> None:
+    """A branch's output widened to float32 would be kept beside itself: 2 GiB of 8 at 128K tokens and 32 heads."""
+    x = make_inputs(Spec(seq_len=80), device, dtype=torch.bfloat16)
+    kept: list[Tensor] = []
+
+    def keep(y: Tensor) -> Tensor:
+        kept.append(y)
+        return y
+
+    leaves = [y.detach().requires_grad_() for y in (x.q, x.k, x.v, *x.gates)]
+    options = {**Spec().windows, **Spec().selection, "window_size": 16}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
+        out = fsa.nsa_attention(*leaves, **options)
+    assert out.requires_grad
+    branches = [y for y in kept if y.shape == out.shape]
+    assert len(branches) >= 3
+    assert all(y.dtype == torch.bfloat16 for y in branches)
+
+
 def test_nsa_attention_takes_compressed_tokens(device: str) -> None:
     """Own k_cmp and v_cmp are what is attended to and selected by, and get the gradients."""
     spec = Spec(seq_len=80)

@@ -13,8 +13,8 @@ import fsa_compile
 from fsa_compile import lowering
 from fsa_compile.testing.fake_gpu import Harness
 
-STAGES = ["mean_compress"] * 2 + ["compressed_attention", "select_blocks", "selected_attention"]
-STAGES += ["sliding_window_attention"]
+STAGES = ["mean_compress"] * 2 + ["compressed_attention", "select_blocks", "sliding_window_attention"]
+STAGES += ["selected_attention"]
 
 
 def inputs(harness: Harness, dynamic: bool, seq_len: int = 4096, group: int = 4) -> list[Tensor]:
@@ -49,7 +49,7 @@ def test_a_forward_is_one_kernel_a_stage_with_the_gates_in_the_last(order: str, 
     kernels = emitted(code)
     # the gates are in the merge of partials, else by themselves; mean compression is one kernel launched twice; the
     # log-sum-exp is made of its two numbers
-    rest = ["selected", "banded", "selected"] if order == "fsa" else ["selected", "banded", "pointwise"]
+    rest = ["banded", "selected", "selected" if order == "fsa" else "pointwise"]
     assert [name for name, _ in kernels] == ["compression", "banded", "pointwise", "selection", *rest]
     assert [source.count("sigmoid") for _, source in kernels] == [0] * (len(kernels) - 1) + [3]
     assert len(re.findall(r"\.run\(", code)) == len(kernels) + 1

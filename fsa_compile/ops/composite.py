@@ -107,6 +107,10 @@ def _nsa_attention(
             block_indices = fsa.select_blocks.default(q_, k_, lse.detach(), **selection, **compressed)
     selected_forward, sliding_forward = fsa.selected_attention_forward, fsa.sliding_window_attention_forward
     blocks: dict[str, Any] = {"block_size": options.block_size, "loop_order": options.loop_order}
+    o_swa = None
+    if g_swa is not None and options.window_size > 0:
+        o_swa = _Attended.by(sliding_forward.default, q, k, v, window_size=options.window_size, **lies).out
+    # Last, so that its backward is first: what that takes is not added to gradients that wait for their sum.
     o_slc = _Attended.by(selected_forward.default, q, k, v, block_indices, **blocks, **lies).out
     if g_cmp is None and g_slc is None and (g_swa is None or options.window_size == 0):
         return o_slc
@@ -114,8 +118,7 @@ def _nsa_attention(
     total = _gated(g_slc, o_slc)
     if o_cmp is not None:
         total = total + _gated(g_cmp, o_cmp)
-    if g_swa is not None and options.window_size > 0:
-        o_swa = _Attended.by(sliding_forward.default, q, k, v, window_size=options.window_size, **lies).out
+    if o_swa is not None:
         total = total + _gated(g_swa, o_swa)
     return total.to(q.dtype).contiguous()
 
