@@ -101,7 +101,7 @@ def takes_turns(usage: Usage) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(usage.assembly)
-        command = [_tool("ptxas"), "-v", "--gpu-name=sm_90a", path, "-o", path.with_suffix(".cubin")]
+        command: list[Any] = [_tool("ptxas"), "-v", "--gpu-name=sm_90a", path, "-o", path.with_suffix(".cubin")]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
     return "wgmma.mma_async instructions are serialized" in said.stdout + said.stderr
 
