@@ -70,6 +70,8 @@ def _block_lists(
     leftpad_k: Tensor | None, *, seq_len_k: int, block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, seq_len, num_kv_heads, _ = block_indices.shape
+    if block_indices.numel() >= 2**31:
+        raise NotImplementedError(f"{block_indices.numel()} selections are more than a list numbers, 2**31")
     device = block_indices.device
     rows = torch.arange(seq_len, dtype=torch.int32, device=device)
     if cu_seqlens_q is not None:
