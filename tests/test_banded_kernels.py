@@ -15,8 +15,8 @@ from kernel_runs import DEVICE, DTYPES, INTERPRETED, kernels, round_sums_once
 from torch import Tensor
 
 from fsa_compile.ops import reference
-from fsa_compile.ops.weights import row_weights
 from fsa_compile.templates.banded import BANDED_BWD_DKV, BANDED_BWD_DQ, BANDED_FWD, BANDED_SUM, KERNELS
+from fsa_compile.templates.row_weights import ROW_WEIGHTS
 from fsa_compile.testing.budget import Budget
 from fsa_compile.testing.compile_only import SHARED_MEMORY, compile_record, device_of
 
@@ -153,7 +153,8 @@ def ours(problem: Problem, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, gr
     upstream = torch.where(log_sum == -torch.inf, NAN, grad_lse)
     delta = (grad_out.double() * out.double()).sum(-1).float() - upstream
     dq = BANDED_BWD_DQ(grad_out, q, k, v, shift, log_sum, delta, *problem.where, **arguments)
-    weights = row_weights(shift, log_sum, delta, scale_of(problem), q.dtype)
+    compensated = q.dtype == torch.float32
+    weights = ROW_WEIGHTS(shift, log_sum, delta, scale=scale_of(problem), compensated=compensated)
     dk, dv = BANDED_BWD_DKV(grad_out, q, k, v, weights, *problem.where, **arguments, splits=problem.splits)
     if problem.splits > 1:
         dk, dv = (BANDED_SUM(parts, x, splits=problem.splits) for parts, x in ((dk, k), (dv, v)))

@@ -24,6 +24,7 @@ from fsa_compile.ops import options
 from fsa_compile.ops.options import Layout
 from fsa_compile.ops.selected import orders
 from fsa_compile.templates.attention_delta import ATTENTION_DELTA
+from fsa_compile.templates.row_weights import ROW_WEIGHTS
 from fsa_compile.templates.selected import KERNELS
 from fsa_compile.testing.budget import Budget, draws, relative_error
 from fsa_compile.testing.calls import Call, call_of, run, upstream_of
@@ -218,7 +219,8 @@ def test_opcheck_of_the_internal_operators(packed: bool) -> None:
             results = orders.selected_attention_forward(x.q, x.k, x.v, x.block_indices, *how)
             grads = (results[0], results[2])
             orders.selected_attention_backward(*grads, x.q, x.k, x.v, x.block_indices, *results, *how)
-    assert checked == {f"fsa::_{kernel.name}" for kernel in (ATTENTION_DELTA, *KERNELS)} | {"fsa::_block_lists"}
+    shared = (ATTENTION_DELTA, ROW_WEIGHTS)
+    assert checked == {f"fsa::_{kernel.name}" for kernel in (*shared, *KERNELS)} | {"fsa::_block_lists"}
 
 
 @given(spec=specs())

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .options import Layout
 from .rules import kernel_runs
-from .weights import row_weights
 
 _ops = torch.ops.fsa
 
@@ -55,7 +54,8 @@ def backward(
     runs = kernel_runs(layout)
     dq = _ops._banded_bwd_dq(grad_out, *inputs, shift, log_sum, delta, *runs, **band._asdict())
     splits = SPLITS if band.window == 0 and band.key_stride > 1 else 1
-    weights = row_weights(shift, log_sum, delta, band.scale, inputs[0].dtype)
+    compensated = inputs[0].dtype == torch.float32
+    weights = _ops._row_weights(shift, log_sum, delta, scale=band.scale, compensated=compensated)
     dk, dv = _ops._banded_bwd_dkv(grad_out, *inputs, weights, *runs, **band._asdict(), splits=splits)
     if splits > 1:
         dk, dv = (

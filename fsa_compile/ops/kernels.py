@@ -8,12 +8,14 @@ import triton
 from ..templates import banded, compression, selected, selection
 from ..templates.attention_delta import ATTENTION_DELTA
 from ..templates.kernel import Kernel
+from ..templates.row_weights import ROW_WEIGHTS
 from .schema import LIB, define
 
 __all__ = ["KERNELS", "KERNEL_KEYS"]
 
 KERNELS: tuple[Kernel, ...] = (
     ATTENTION_DELTA,
+    ROW_WEIGHTS,
     *banded.KERNELS,
     *compression.KERNELS,
     *selected.KERNELS,

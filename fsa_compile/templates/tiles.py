@@ -64,7 +64,7 @@ def _load_or_zero(pointers, exists):
 
 @triton.jit
 def load_weights(weights, row, exists, COMPENSATED: tl.constexpr):
-    """Of rows of `ops.weights.row_weights`, three numbers: ``(shift, log_sum, -delta)`` if COMPENSATED, else ``(0,
+    """Of rows of ``row_weights``, three numbers: ``(shift, log_sum, -delta)`` if COMPENSATED, else ``(0,
     minus, -scale * delta)``, of which the pair is one load. exists: None if all do; zeros of one that does not.
     """
     if COMPENSATED:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...tiling import union_tokens
 from ..options import Layout, Selected
 from ..rules import Rule, Runs, kernel_runs, register
-from ..weights import row_weights
 from . import block_lists as _block_lists  # noqa: F401  registers the operator
 from .choice import choose
 from .chunks import Chunk, chunks, dense, joined
@@ -106,7 +105,7 @@ def _backward(
     *tensors, shift, log_sum, delta = known
     _, q, k, v, block_indices = tensors
     lists = _ops._block_lists(block_indices, *runs, seq_len_k=k.shape[1], block_size=sizes["block_size"])
-    weights = row_weights(shift, log_sum, delta, sizes["scale"], q.dtype)
+    weights = _ops._row_weights(shift, log_sum, delta, scale=sizes["scale"], compensated=q.dtype == torch.float32)
     *tiles, _ = _ops._selected_bwd_kv_outer(*tensors, weights, *lists, *runs, **sizes, with_dq=False)
     dk, dv = _key_value_gradients(tiles, lists, k, v, runs, sizes["block_size"])
     return dq_by(known, runs, sizes), dk, dv
@@ -115,7 +114,7 @@ def _backward(
 def _kv_outer_backward(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """All gradients from key blocks outside, dq as partials of that pass."""
     grad_out, q, k, v, block_indices, shift, log_sum, delta = known
-    weights = row_weights(shift, log_sum, delta, sizes["scale"], q.dtype)
+    weights = _ops._row_weights(shift, log_sum, delta, scale=sizes["scale"], compensated=q.dtype == torch.float32)
     blocks_of = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
     group = q.shape[2] // k.shape[2]
 
