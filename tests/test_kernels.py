@@ -223,6 +223,12 @@ def test_opcheck_of_the_internal_operators(packed: bool) -> None:
     assert checked == {f"fsa::_{kernel.name}" for kernel in (*shared, *KERNELS)} | {"fsa::_block_lists"}
 
 
+def test_lists_refuse_more_entries_than_they_number() -> None:
+    many = torch.zeros(1, dtype=torch.int32).expand(1, 2**20, 16, 128)  # one number in memory
+    with pytest.raises(NotImplementedError, match="2147483648 selections"):
+        torch.ops.fsa._block_lists(many, None, None, None, None, seq_len_k=2**20, block_size=64)
+
+
 @given(spec=specs())
 def test_lists_hold_every_visible_entry_once_in_order(spec: Spec) -> None:
     x = make_inputs(spec, "cpu")

@@ -130,8 +130,9 @@ def _names(kernel: Kernel) -> list[str]:
 
 def shell_of(kernel: Kernel, plan: Plan) -> Shell:
     """The template of ``kernel`` for calls like ``plan``."""
-    ours = ["from fsa_compile.templates.sequences import Rows", "from fsa_compile.templates.tiles import at_run_time"]
-    shell = Shell(imports=[*ours, *_names(kernel)])
+    shell = Shell(imports=["from fsa_compile.templates.sequences import Rows", *_names(kernel)])
+    if kernel.hides_lengths:
+        shell.imports.append("from fsa_compile.templates.tiles import at_run_time")
     main = next(iter(plan.outputs))
     body = _Body(kernel, main)
     sizes = type(plan.sizes)

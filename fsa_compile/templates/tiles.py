@@ -55,56 +55,6 @@ def at_run_time(x):
 
 
 @triton.jit
-def _load_or_zero(pointers, exists):
-    if exists is None:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=exists, other=0)
-
-
-@triton.jit
-def load_weights(weights, row, exists, COMPENSATED: tl.constexpr):
-    """Of rows of ``row_weights``, three numbers: ``(shift, log_sum, -delta)`` if COMPENSATED, else ``(0,
-    minus, -scale * delta)``, of which the pair is one load. exists: None if all do; zeros of one that does not.
-    """
-    if COMPENSATED:
-        shift = _load_or_zero(weights + row * 3, exists)
-        log_sum = _load_or_zero(weights + row * 3 + 1, exists)
-        return shift, log_sum, _load_or_zero(weights + row * 3 + 2, exists)
-    else:
-        pair = _load_or_zero(weights.to(tl.pointer_type(tl.int64)) + row, exists)
-        minus = pair.to(tl.int32).to(tl.float32, bitcast=True)
-        return 0.0, minus, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def without_rows(known, valid, COMPENSATED: tl.constexpr):
-    """``known`` of ``load_weights`` so that rows that are not valid have weights of 0."""
-    if COMPENSATED:
-        return known[0], tl.where(valid, known[1], float("inf")), known[2]
-    else:
-        return known[0], tl.where(valid, known[1], float("-inf")), known[2]
-
-
-@triton.jit
-def weights_of(scores, known, scale, COMPENSATED: tl.constexpr):
-    """Softmax weights of scores whose columns are rows, of which ``load_weights`` has ``known``."""
-    if COMPENSATED:
-        return tl.exp2(tl.fma(scores - known[0][None, :], scale * LOG2E, known[1][None, :] * -LOG2E))
-    else:
-        return tl.exp2(tl.fma(scores, scale * LOG2E, known[1][None, :]))
-
-
-@triton.jit
-def gradient_of_scores(p, dp, known, scale, COMPENSATED: tl.constexpr):
-    """The gradient of the products before scaling. COMPENSATED: nothing where ``dp`` and delta are the same number."""
-    if COMPENSATED:
-        return p * (dp + known[2][None, :]) * scale
-    else:
-        return p * tl.fma(dp, scale, known[2][None, :])
-
-
-@triton.jit
 def is_visible(block, pos, BLOCK_SIZE: tl.constexpr):
     """Whether a block id names a block that the query at ``pos`` may read: not padding, not in the future, in range.
 

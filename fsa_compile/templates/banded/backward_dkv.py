@@ -16,6 +16,7 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
 from ..query_tiles import keys_base, query_tiles
+from ..row_weights import gradient_of_scores, load_row_weights, weights_of
 from ..sequences import Rows, Sequences, num_tiles
 from ..tiles import (
     accumulate,
@@ -25,11 +26,8 @@ from ..tiles import (
     dense_strides,
     dot,
     finite_part,
-    gradient_of_scores,
-    load_weights,
     rows_apart,
     store_output,
-    weights_of,
 )
 from .sizes import (
     ARGUMENTS,
@@ -64,13 +62,13 @@ def _load_queries(here, stride_t, stride_h, left, heads_left, WIDTH: tl.constexp
 @triton.jit
 def _load_weights(here, left, heads_left, NUM_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr,
                   HEADS: tl.constexpr, WHOLE: tl.constexpr, COMPENSATED: tl.constexpr):  # fmt: skip
-    """The same rows of ``row_weights``."""
+    """What ``load_row_weights`` has of the same rows."""
     row = tl.arange(0, BLOCK_M)
     places = row // HEADS * NUM_HEADS + row % HEADS
     exists = None
     if not WHOLE:
         exists = (row // HEADS < tl.minimum(left, TOKENS)) & (row % HEADS < heads_left)
-    return load_weights(here, places, exists, COMPENSATED)
+    return load_row_weights(here, places, exists, COMPENSATED)
 
 
 @triton.jit

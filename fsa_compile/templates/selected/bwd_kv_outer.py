@@ -14,18 +14,9 @@ import triton.language as tl
 
 from ...tiling import Config, Device
 from ..kernel import SEQUENCES, Dense, Kernel, Output, Plan, Strided, sequences
+from ..row_weights import gradient_of_scores, load_row_weights, weights_of, without_rows
 from ..sequences import Rows, Run, Sequences
-from ..tiles import (
-    accumulate,
-    dot,
-    finite_part,
-    gradient_of_scores,
-    load_weights,
-    store_output,
-    store_tile,
-    weights_of,
-    without_rows,
-)
+from ..tiles import accumulate, dot, finite_part, store_output, store_tile
 from .fwd_kv_outer import grid
 from .lists import chunk_keys, list_rows, list_tile, load_chunk, load_entries, load_rows, tiles_that_hide
 from .sizes import LISTS, Lists, SelectedSizes, attention_inputs, list_inputs, spread, stages, warps
@@ -49,7 +40,7 @@ def _rows_loop(
         grad_rows = load_rows(grad_out, run.b, hk, t, g, None, SIZES.GROUP, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
         row = ((n * SIZES.NUM_KV_HEADS + hk) * SIZES.GROUP + g).to(tl.uint32)
         scores = dot(k, tl.trans(q_rows))  # [CHUNK_N, BLOCK_M]
-        known = without_rows(load_weights(weights, row, None, COMPENSATED), valid, COMPENSATED)
+        known = without_rows(load_row_weights(weights, row, None, COMPENSATED), valid, COMPENSATED)
         p = weights_of(scores, known, scale, COMPENSATED)
         ds = gradient_of_scores(p, dot(v, tl.trans(grad_rows)), known, scale, COMPENSATED)
         if HIDDEN:
