@@ -346,3 +346,9 @@ def test_replacements_keep_the_facts_about_the_call() -> None:
     kept = [n for n in made if n.meta.get("recompute") is policy]
     assert kept == list(next(iter(reversed(graph.nodes))).args[0]), "only the results are to be kept, not the partials"
     assert all(isinstance(n.meta["val"], Tensor) for n in kept)
+
+
+def test_apart_is_the_identity() -> None:
+    x = torch.randn(3, 4).t()
+    torch.library.opcheck(torch.ops.fsa._apart.default, (x,), test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(torch.ops.fsa._apart(x), x)

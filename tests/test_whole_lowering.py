@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -94,6 +95,53 @@ def test_a_backward_is_kernels(name: str) -> None:
     names = [kernel for kernel, _ in emitted(code)]
     assert [n for n in names if n != "pointwise"] == ["banded", *want]
     assert not re.findall(r"torch\.ops\.fsa\.(\w+)\.default\(", code)
+
+
+def backward_of_a_gated_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autograd traces it: the gates' gradients and all products first, then the last branch."""
+    grad, g_cmp, g_slc, g_swa, q, k, v, k_cmp, v_cmp, blocks, *rest = tensors
+    branches = [(rest[i], rest[3 + i], rest[6 + i]) for i in range(3)]
+    wide = grad.float()
+
+    def product(gate: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        of_gate = (wide * out).sum(3, keepdim=True).squeeze(-1)
+        return of_gate.to(gate.dtype), (wide * gate.float().unsqueeze(-1)).to(out.dtype)
+
+    products = [product(gate, branch[0]) for gate, branch in zip((g_cmp, g_slc, g_swa), branches, strict=True)]
+    (dg_cmp, d_cmp), (dg_slc, d_slc), (dg_swa, d_swa) = products
+    ops, seq_len = torch.ops.fsa, q.shape[1]
+    dq, dk, dv = ops.selected_attention_backward(d_slc, None, q, k, v, blocks, *branches[1], loop_order="fsa")
+    of_window = ops.sliding_window_attention_backward(d_swa, None, q, k, v, *branches[2], window_size=512)
+    dq, dk, dv = (a + b for a, b in zip((dq, dk, dv), of_window, strict=True))
+    of_cmp = ops.compressed_attention_backward(d_cmp, None, q, k_cmp, v_cmp, *branches[0], seq_len_k=seq_len)
+    of_means = [ops.mean_compress_backward(x, seq_len=seq_len) for x in of_cmp[1:]]
+    return dq + of_cmp[0], dk + of_means[0], dv + of_means[1], dg_cmp, dg_slc, dg_swa
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_training_step_keeps_no_output_through_the_first_backward(dtype: torch.dtype) -> None:
+    harness = Harness()
+
+    def rows(heads: int, *rest: int, dtype: torch.dtype = dtype, length: int = 4096) -> Tensor:
+        return harness.tensor(1, length, heads, *rest, dtype=dtype)
+
+    given = [rows(8, 64), *(rows(8) for _ in range(3)), rows(8, 64), *(rows(2, 64) for _ in range(2))]
+    given += [*(rows(2, 64, length=255) for _ in range(2)), rows(2, 16, dtype=torch.int32)]
+    outputs, statistics = [rows(8, 64) for _ in range(3)], [rows(8, dtype=torch.float32) for _ in range(6)]
+    code = harness.emit(backward_of_a_gated_sum, *given, *outputs, *statistics)
+    names = re.findall(r"^(triton_\w+) = async_compile", code, flags=re.MULTILINE)
+    modules = dict(zip(names, (module for module, _ in emitted(code)), strict=True))
+    call = code[code.index("def call(") :]
+    arguments = re.findall(r"(\w+)(?:, )?", next(line for line in call.splitlines() if "= args" in line))
+    launches = [(modules[name], args.split(", ")) for name, args in re.findall(r"(triton_\w+)\.run\((.*?)\)", call)]
+    where = [i for i, (_, args) in enumerate(launches) if set(arguments[10:13]) & set(args)]
+    if dtype == torch.float32:  # deltas are kernels that read products, so that nothing is gained
+        assert call.rindex("_attention_delta.default(") > call.index(next(n for n in names if modules[n] == "selected"))
+        return
+    assert where == [0]
+    # pointwise: that one, a product for each of two branches, and three branches' row weights, outside of the stages
+    kinds = Counter(module for module, _ in launches)
+    assert kinds == {"selected": 4, "banded": 6, "compression": 2, "pointwise": 1 + 2 + 3}, launches
 
 
 class Exported(torch.nn.Module):

@@ -156,6 +156,13 @@ def storage(x: Any) -> Any:
     return x.data if isinstance(x, TensorBox) else x
 
 
+def boxed(x: Any) -> Any:
+    """A node with storage as lowerings return it."""
+    from torch._inductor.ir import TensorBox
+
+    return x if isinstance(x, TensorBox) else TensorBox(x)
+
+
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     """Inductor's own lowering of an ATen operator."""
     from torch._inductor import lowering

@@ -18,6 +18,7 @@ from torch import fx
 from ..templates.kernel import Kernel, Plan, device_of
 from . import _inductor
 from .benchmark_inputs import generators
+from .deltas import lower_apart
 from .shell import Shell, shell_of
 
 __all__ = ["register"]
@@ -175,3 +176,4 @@ def register() -> None:
         op = getattr(torch.ops.fsa, f"_{kernel.name}").default
         lowering = _attention_delta if kernel.name == "attention_delta" else functools.partial(lower, kernel)
         _inductor.register_lowering(op, _or_as_it_is(op, lowering))
+    _inductor.register_lowering(torch.ops.fsa._apart.default, lower_apart)

@@ -22,6 +22,7 @@ from .. import cost, debug
 from ..ops.dispatch import implementation
 from ..ops.rules import RULES, Rule
 from ..ops.schema import bound_arguments
+from .deltas import take_deltas_early
 from .sites import Site, report
 from .where import where_of
 
@@ -53,6 +54,7 @@ def expand_graph(graph: fx.Graph) -> None:
             site = _site(node, False, reason=f"not lowered: {type(error).__name__}: {error}")
         log.info("%s", site)
         report(site)
+    take_deltas_early(graph)
 
 
 def _rules() -> dict[Any, Rule]:
