@@ -98,7 +98,7 @@ def test_a_backward_is_kernels(name: str) -> None:
 
 
 def backward_of_a_gated_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As autograd traces it: the gates' gradients and all products first, then the last branch."""
+    """As autograd traces it: gates' gradients and products first, then the last branch; what was saved, by aliases."""
     grad, g_cmp, g_slc, g_swa, q, k, v, k_cmp, v_cmp, blocks, *rest = tensors
     branches = [(rest[i], rest[3 + i], rest[6 + i]) for i in range(3)]
     wide = grad.float()
@@ -110,10 +110,14 @@ def backward_of_a_gated_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
     products = [product(gate, branch[0]) for gate, branch in zip((g_cmp, g_slc, g_swa), branches, strict=True)]
     (dg_cmp, d_cmp), (dg_slc, d_slc), (dg_swa, d_swa) = products
     ops, seq_len = torch.ops.fsa, q.shape[1]
-    dq, dk, dv = ops.selected_attention_backward(d_slc, None, q, k, v, blocks, *branches[1], loop_order="fsa")
-    of_window = ops.sliding_window_attention_backward(d_swa, None, q, k, v, *branches[2], window_size=512)
+
+    def saved(branch: tuple[Tensor, ...]) -> list[Tensor]:
+        return [torch.ops.aten.alias(x) for x in branch]
+
+    dq, dk, dv = ops.selected_attention_backward(d_slc, None, q, k, v, blocks, *saved(branches[1]), loop_order="fsa")
+    of_window = ops.sliding_window_attention_backward(d_swa, None, q, k, v, *saved(branches[2]), window_size=512)
     dq, dk, dv = (a + b for a, b in zip((dq, dk, dv), of_window, strict=True))
-    of_cmp = ops.compressed_attention_backward(d_cmp, None, q, k_cmp, v_cmp, *branches[0], seq_len_k=seq_len)
+    of_cmp = ops.compressed_attention_backward(d_cmp, None, q, k_cmp, v_cmp, *saved(branches[0]), seq_len_k=seq_len)
     of_means = [ops.mean_compress_backward(x, seq_len=seq_len) for x in of_cmp[1:]]
     return dq + of_cmp[0], dk + of_means[0], dv + of_means[1], dg_cmp, dg_slc, dg_swa
 

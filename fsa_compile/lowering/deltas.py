@@ -30,6 +30,7 @@ def take_deltas_early(graph: fx.Graph) -> None:
     place = {n: i for i, n in enumerate(graph.nodes)}
     deltas = [n for n in graph.nodes if n.target is torch.ops.fsa._attention_delta.default]
     for delta in deltas:
+        delta.args = tuple(map(_source, delta.args))
         grad_out, out = delta.args[0], delta.args[2]
         last = max(delta.all_input_nodes, key=place.__getitem__)
         if not any(place[last] < place[other] < place[delta] for other in deltas):
@@ -46,6 +47,13 @@ def take_deltas_early(graph: fx.Graph) -> None:
             apart.meta = dict(grad_out.meta)
             for reader in readers:
                 reader.replace_input_with(grad_out, apart)
+
+
+def _source(x: Any) -> Any:
+    """What autograd saved, for which the joint graph has an alias where it is read."""
+    while isinstance(x, fx.Node) and x.target is torch.ops.aten.alias.default:
+        x = x.args[0]
+    return x
 
 
 def lower_apart(x: Any) -> Any:
