@@ -132,7 +132,7 @@ def _choose(
             num_stages=configuration.num_stages,
             MAX_REGISTERS=configuration.max_registers,
             NUMBERS_FROM=len(plan.extent),
-            HIDES_LENGTHS=kernel.hides_lengths and torch.version.hip is None,
+            HIDES_LENGTHS=kernel.hides_lengths,
             **configuration.tiles,
             **constants,
         )

@@ -124,7 +124,7 @@ def softmax_step(scores, row_max, row_sum, factor):
 def softmax_end(acc, row_max, row_sum, factor):
     """The output, and the two softmax statistics, of rows; 0, 0 and -inf of those that saw nothing."""
     empty = row_sum == 0
-    out = acc / tl.where(empty, 1.0, row_sum)[:, None]
+    out = acc * (1.0 / tl.where(empty, 1.0, row_sum))[:, None]  # a division an element is ten instructions
     lost = tl.fma(row_max, -factor, exponent_shift(row_max, factor))
     log_sum = tl.where(empty, float("-inf"), (tl.log2(tl.where(empty, 1.0, row_sum)) + lost) * LN2)
     return out, tl.where(empty, 0.0, row_max), log_sum

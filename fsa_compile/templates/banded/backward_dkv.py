@@ -22,6 +22,7 @@ from ..tiles import (
     accumulate,
     add_met,
     all_finite,
+    at_run_time,
     columns,
     dense_strides,
     dot,
@@ -112,15 +113,16 @@ def _dkv_loop(
     WHOLE: tl.constexpr = EVEN and not MASKED
     COMPENSATED: tl.constexpr = SIZES.ITEMSIZE == 4
     PER_TOKEN: tl.constexpr = NUM_HEADS * (3 if COMPENSATED else 2)
-    q_here = q_base + rows_apart(start, q.strides[1])
-    grad_here = grad_base + rows_apart(start, grad_out.strides[1])
-    here = weights + rows_apart(start, PER_TOKEN)
     for i in tl.range(start, end, TOKENS, num_stages=STAGES):
         left = end - i
+        token = at_run_time(i)
+        q_here = q_base + rows_apart(token, q.strides[1])
+        grad_here = grad_base + rows_apart(token, grad_out.strides[1])
         queries = _load_queries(q_here, q.strides[1], q.strides[2], left, heads_left, SIZES.HEAD_DIM, SIZES.BLOCK_D,
                                 BLOCK_M, TOKENS, HEADS, WHOLE)  # fmt: skip
         grads = _load_queries(grad_here, grad_out.strides[1], grad_out.strides[2], left, heads_left,
                               SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK_M, TOKENS, HEADS, WHOLE)  # fmt: skip
+        here = weights + rows_apart(token, PER_TOKEN)
         known = _load_weights(here, left, heads_left, NUM_HEADS, BLOCK_M, TOKENS, HEADS, WHOLE, COMPENSATED)
         scores = dot(keys, tl.trans(queries))  # [BLOCK_N, BLOCK_M]
         p = weights_of(scores, known, scale, COMPENSATED)
@@ -140,9 +142,6 @@ def _dkv_loop(
         else:
             dv = tl.dot(p.to(grads.dtype), grads, dv)
             dk = tl.dot(ds.to(queries.dtype), queries, dk)
-        q_here += rows_apart(TOKENS, q.strides[1])
-        grad_here += rows_apart(TOKENS, grad_out.strides[1])
-        here += rows_apart(TOKENS, PER_TOKEN)
     return dk, dk_lost, dv, dv_lost
 
 

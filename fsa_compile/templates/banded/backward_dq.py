@@ -14,7 +14,18 @@ from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
 from ..query_tiles import keys_base, load_keys, load_rows, load_weights, place_of_tile, query_grid, what_was_lost
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, Statistics, all_finite, columns, dense_strides, dot, finite_part, rows_apart, store_output
+from ..tiles import (
+    LOG2E,
+    Statistics,
+    all_finite,
+    at_run_time,
+    columns,
+    dense_strides,
+    dot,
+    finite_part,
+    rows_apart,
+    store_output,
+)
 from .sizes import (
     ARGUMENTS,
     Band,
@@ -35,9 +46,10 @@ def _dq_loop(
     SIZES: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add what keys ``start`` to ``end`` give; not MASKED: whole tiles, all of whose keys every row sees."""
-    k_here = k_base + rows_apart(start, k_stride)
-    v_here = v_base + rows_apart(start, v_stride)
     for i in tl.range(start, end, BLOCK, num_stages=STAGES):
+        here = at_run_time(i)
+        k_here = k_base + rows_apart(here, k_stride)
+        v_here = v_base + rows_apart(here, v_stride)
         k = load_keys(k_here, k_stride, end - i, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK, MASKED)
         v = load_keys(v_here, v_stride, end - i, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK]
@@ -49,8 +61,6 @@ def _dq_loop(
         if CAREFUL:
             k = finite_part(k)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        k_here += rows_apart(BLOCK, k_stride)
-        v_here += rows_apart(BLOCK, v_stride)
     return dq
 
 

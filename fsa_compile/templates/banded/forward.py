@@ -31,7 +31,18 @@ from ..query_tiles import (
     softmax_step,
 )
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, rows_apart, store_output
+from ..tiles import (
+    LOG2E,
+    all_finite,
+    at_run_time,
+    columns,
+    dense_strides,
+    dot,
+    finite_part,
+    rows_apart,
+    rows_finite,
+    store_output,
+)
 from .sizes import (
     ARGUMENTS,
     Band,
@@ -58,10 +69,11 @@ def _fwd_loop(
     """
     shift = exponent_shift(row_max, factor)
     lead = band.some_from + (TOKENS if SIZES.WINDOW > 0 else 1)
-    k_here = k_base + rows_apart(start, k_stride)
-    v_here = v_base + rows_apart(start, v_stride)
     for i in tl.range(start, end, BLOCK, num_stages=STAGES):
-        k = load_keys(k_here, k_stride, end - i, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK, MASKED)
+        here = at_run_time(i)
+        k = load_keys(
+            k_base + rows_apart(here, k_stride), k_stride, end - i, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK, MASKED
+        )
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK]
         if MASKED:
             if CAREFUL | (i < band.all_from) | (i + BLOCK > band.all_to):
@@ -75,12 +87,12 @@ def _fwd_loop(
         else:
             p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, factor)
             acc = acc * decay[:, None]
-        v = load_keys(v_here, v_stride, end - i, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED)
+        v = load_keys(
+            v_base + rows_apart(here, v_stride), v_stride, end - i, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED
+        )
         if CAREFUL:
             v = finite_part(v)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-        k_here += rows_apart(BLOCK, k_stride)
-        v_here += rows_apart(BLOCK, v_stride)
     return acc, row_max, row_sum
 
 
@@ -137,22 +149,22 @@ def banded_fwd_tile(
             queries, k_base, ks, v_base, vs, hot, end, band, factor, acc, row_max, row_sum, SIZES, TOKENS, BLOCK_N,
             True, False, FIXED, None,
         )  # fmt: skip
-    if FIXED:
-        if not (all_finite(acc) & all_finite(row_sum)):
+    if not rows_finite(acc, row_sum):
+        if FIXED:
             acc, row_max, row_sum = _fwd_loop(
                 queries, k_base, ks, v_base, vs, band.some_from, end, band, factor,
                 tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), tl.full([BLOCK_M], LOWEST, tl.float32),
                 tl.zeros([BLOCK_M], tl.float32), SIZES, TOKENS, BLOCK_N, True, False, False, EDGE_STAGES,
             )  # fmt: skip
-    if not all_finite(acc):
-        row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        acc = nan_of_keys(v_base, vs, band.some_from, end, band, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
-        queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
-        acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, ks, v_base, vs, band.some_from, end, band, factor, acc, row_max, row_sum, SIZES,
-            TOKENS, 16, True, True, False, 1,
-        )  # fmt: skip
+        if not all_finite(acc):
+            row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+            row_sum = tl.zeros([BLOCK_M], tl.float32)
+            acc = nan_of_keys(v_base, vs, band.some_from, end, band, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
+            queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+            acc, row_max, row_sum = _fwd_loop(
+                queries, k_base, ks, v_base, vs, band.some_from, end, band, factor, acc, row_max, row_sum, SIZES,
+                TOKENS, 16, True, True, False, 1,
+            )  # fmt: skip
     out, row_shift, log_sum = softmax_end(acc, row_max, row_sum, factor)
     return out, row_shift, log_sum, place
 

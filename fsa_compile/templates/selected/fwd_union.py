@@ -26,7 +26,7 @@ from ..query_tiles import (
     softmax_step,
 )
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, rows_apart, store_output
+from ..tiles import LOG2E, columns, dense_strides, dot, finite_part, rows_apart, rows_finite, store_output
 from . import walks
 from .unions import UNIONS, Unions
 from .walks import (
@@ -113,7 +113,7 @@ def selected_fwd_union_tile(
         queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, absent,
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), unseen, nothing, SIZES, False, FIXED, None,
     )  # fmt: skip
-    if not (all_finite(acc) & all_finite(row_sum)):
+    if not rows_finite(acc, row_sum):
         # What is not finite may come of a key or value that a row does not see, which must not notice.
         lost = nan_of_walk(v_base, v.strides[1], walk, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
         acc, row_max, row_sum = _fwd_loop(
