@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sympy import Expr, Integer, Max, Min
+from sympy import Expr, Integer, Min
 
 from ..tiling import WORKSPACE
 from .expressions import DV, HK, B, C, D, E, G, M_kv, M_q, N_t, N_w, P, Pass, S, T, Tk, U, W, bs, tensor_bytes
 
-# What a choice can be for: one direction by itself, or both, as a training step runs them.
-STAGES = ("forward", "backward", "training")
+# What a choice can be for. A trained forward is one whose backward follows in the same graph.
+STAGES = ("forward", "trained forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,24 @@ class Order:
     backward_scratch: Expr
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        """Of one of ``STAGES``. What forward and backward have in common, the lists, a training step makes once."""
-        once = tuple(p for p in self.backward if p not in self.forward)
-        return {"forward": self.forward, "backward": self.backward, "training": (*self.forward, *once)}[stage]
+        """Of one of ``STAGES``. A trained forward is not charged for what the backward makes in any case: the lists."""
+        if stage == "trained forward":
+            return tuple(p for p in self.forward if p not in made_by_every_backward())
+        return {"forward": self.forward, "backward": self.backward}[stage]
 
     def seconds(self, stage: str) -> Expr:
         """Of one of ``STAGES``, in the symbols of ``MEANING``."""
         return sum((p.time() for p in self.passes(stage)), Integer(0))
 
     def scratch(self, stage: str) -> Expr:
-        """Bytes, of one of ``STAGES``."""
-        both = Max(self.forward_scratch, self.backward_scratch)
-        return {"forward": self.forward_scratch, "backward": self.backward_scratch, "training": both}[stage]
+        """Bytes, of one of ``STAGES``. A trained forward's lists take memory, whoever they are made for."""
+        return self.backward_scratch if stage == "backward" else self.forward_scratch
+
+
+def made_by_every_backward() -> tuple[Pass, ...]:
+    """Passes of the backward whatever its order; a graph that holds one already does not make it again."""
+    first, *others = ORDERS.values()
+    return tuple(p for p in first.backward if all(p in order.backward for order in others))
 
 
 _q_rows, _k_rows = B * T * HK * G, B * Tk * HK
