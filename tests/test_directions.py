@@ -21,8 +21,8 @@ explain = importlib.import_module("fsa_compile.explain").explain
 fsa = torch.ops.fsa
 
 H100 = cost.DEVICES["H100"]
-# There the forward's best order has the dearest backward.
-PROBLEM = cost.Problem(1, 32768, 32768, 4, 16, 128, 128, 64, 16, 2, cost.LIKELY_AGREEMENT)
+# Measured there: 0.86 ms in query tiles for 1.31, and backward 1.78 with keys outside for 2.04.
+PROBLEM = cost.Problem(1, 8192, 8192, 4, 8, 128, 128, 64, 16, 2, cost.LIKELY_AGREEMENT)
 FORWARD = {"training": True}
 BACKWARD = {"backward": True}
 
@@ -92,9 +92,9 @@ def test_a_graph_has_both(asked: str) -> None:
         return results[0], *fsa.selected_attention_backward(grad, None, *tensors, loop_order=asked)
 
     harness = Harness()
-    q, k, grad = (harness.tensor(1, 32768, heads, 128) for heads in (64, 4, 64))
+    q, k, grad = (harness.tensor(1, 8192, heads, 128) for heads in (32, 4, 32))
     with lowering.collect_sites() as sites:
-        harness.emit(fn, q, k, harness.tensor(1, 32768, 4, 16, dtype=torch.int32), grad)
+        harness.emit(fn, q, k, harness.tensor(1, 8192, 4, 16, dtype=torch.int32), grad)
     assert harness.graph is not None
     made = {str(n.target) for n in harness.graph.nodes}
     forward, backward = ("tile", "fsa") if asked == "auto" else (asked, asked)

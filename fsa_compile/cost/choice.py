@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
-from ..tiling import ENTRIES_PER_TILE
+from ..tiling import ENTRIES_PER_TILE, WORKSPACE
 from .device import DEVICES, Device
 from .problem import KV_OUTER_ROWS, LOOP_ORDERS, Problem
 
@@ -51,7 +51,7 @@ def _arguments(problem: Problem, device: Device) -> tuple[float, ...]:
     p = problem
     sizes = (p.batch, p.seq_len, p.seq_len_k, p.num_kv_heads, p.gqa_group_size, p.head_dim, p.head_dim_v)
     rows = (p.block_size, p.num_selected, p.itemsize, p.agreement)
-    tiles = (p.query_rows, KV_OUTER_ROWS, ENTRIES_PER_TILE, p.union_tokens, p.chunks)
+    tiles = (p.query_rows, KV_OUTER_ROWS, ENTRIES_PER_TILE, p.union_tokens, p.chunks, WORKSPACE)
     flops = device.flops if p.itemsize <= 2 else device.flops_fp32
     rates = (device.dram_bandwidth, device.l2_bandwidth, device.sort_rate)
     # In floats: the products of large sizes stay finite where they would be slow as big integers.
