@@ -5,9 +5,9 @@
 Providers: a loop order ("auto" too) is the eager operator, lists and all; with "-compiled" it is Inductor's template.
 "gated" is the end of nsa_attention, three gated branches of which the selected one is computed: fused into the
 template's epilogue where it can be, or "-separate". Dense attention is given the same lengths. A result is first held
-against float64 on sampled rows. All take turns in one run. `chosen` is the order that the cost model takes, `predicted`
-its milliseconds for each. Selections: "random" and "local" (`fsa_compile.testing.inputs`), and "trace", a trained
-model's, in packed sequences of 16,384 tokens.
+against float64 on sampled rows. All take turns in one run. `chosen` is the order that the cost model takes, of a step
+the forward's and the backward's where they differ, `predicted` its milliseconds for each. Selections: "random" and
+"local" (`fsa_compile.testing.inputs`), and "trace", a trained model's, in packed sequences of 16,384 tokens.
 """
 
 from __future__ import annotations
@@ -76,10 +76,13 @@ class Problem:
             "num_kv_heads": heads, "head_dim": options.head_dim, "block_size": block_size,
             "num_selected": num_selected, "dtype": options.dtype,
         }  # fmt: skip
-        self.choices = {
-            name: {order: cost.choose(problem, device_of(self.q), order, **how) for order in ORDERS}
-            for name, how in zip(_PASSES, ({}, {"backward": True}, {"training": True}), strict=True)
-        }
+        self.problem, self.device = problem, device_of(self.q)
+
+    def choices(self, what: str, order: str, *, compiled: bool) -> list[cost.Choice]:
+        """Of a pass: those of a step's two directions, which have the lists in common where they are compiled."""
+        forward = {"training": compiled and what == "step"}
+        flags = {"forward": [forward], "backward": [{"backward": True}], "step": [forward, {"backward": True}]}[what]
+        return [cost.choose(self.problem, self.device, order, **one) for one in flags]
 
     def exact(self, q: Tensor, k: Tensor, v: Tensor, _: Any, rows: Tensor) -> Tensor:
         """Of the rows that are checked."""
@@ -215,10 +218,13 @@ def main(arguments: list[str] | None = None) -> int:
         label = f"{seq_len} {pattern} {block_size}x{num_selected} G={group}"
         found, bad = measure(problem.cases(), problem.rows, options, label)
         for row in found:
-            order, choices = row["provider"].split("-")[0], problem.choices[row["pass"]]
-            row["chosen"] = choices["auto"].order
-            known = choices[order].costs[choices[order].order] * 1e3 if order in ORDERS else None
-            row["predicted_ms"] = "" if known is None or row["what"] != "selected" else f"{known:.4f}"
+            order, _, variant = row["provider"].partition("-")
+            chosen = problem.choices(row["pass"], "auto", compiled=bool(variant))
+            row["chosen"] = "+".join(dict.fromkeys(choice.order for choice in chosen))
+            row["predicted_ms"] = ""
+            if order in ORDERS and row["what"] == "selected":
+                choices = problem.choices(row["pass"], order, compiled=bool(variant))
+                row["predicted_ms"] = f"{sum(c.costs[c.order] for c in choices) * 1e3:.4f}"
         rows, failed = rows + found, failed or bad
         write_csv(options.out, rows, torch.device(options.device))
         if options.device == "cuda":

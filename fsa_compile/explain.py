@@ -54,8 +54,9 @@ class Explanation:
 
     sites: every attention found, in the order of the graphs. NSA sites (`op` starts with `"fsa::"`) have `where`,
         `stages` (the operators they consist of) and, with a selected branch, `loop_order` and `costs` (predicted
-        seconds by loop order, forward or forward + backward), whether or not they are `matched`; dense ones are never
-        matched.
+        seconds by loop order) of the forward and, where the result requires grad, `backward_order` and
+        `backward_costs`, whether or not they are `matched`; dense ones are never matched. The lists that a forward
+        shares with its backward count to the backward.
     graph_breaks: one for each place where the graph broke.
     num_graphs: graphs that were captured.
     errors: what failed while explaining; empty if all went well.
@@ -77,7 +78,8 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
 
     The captured graphs run eagerly, so `fn` is called once for real: side effects such as running statistics of a
     batch norm happen (the state of the random generators is put back). Nothing is compiled, on no device. The
-    predicted choice is the lowering's: the same cost model, forward + backward where the result requires grad.
+    predicted choices are the lowering's: the same cost model, for the forward and, where the result requires grad, for
+    the backward.
 
     Dynamo is reset before and after, as `torch._dynamo.explain` does: functions that are compiled already are captured
     again at their next call, and then mostly found in Inductor's cache.
@@ -225,14 +227,15 @@ def _nsa_site(node: fx.Node, name: str) -> Site:
     where = where_of(node)
     try:
         calls, out = _leaf_calls(node)
-        choice = _choice(calls, training=out.requires_grad)
+        forward, backward = _choices(calls, training=out.requires_grad)
     except Exception as error:
         return Site(name, False, None, reason=f"could not be read: {_message(error)}", where=where)
     obstacle = _obstacle(out.device.type)
-    reason = "; ".join(filter(None, (obstacle, choice.reason if choice else "" if obstacle else _ONE_WAY)))
+    reasons = [choice.reason for choice in (forward, backward) if choice] or ([] if obstacle else [_ONE_WAY])
+    reason = "; ".join(filter(None, (obstacle, *reasons)))
     stages = tuple(op.removesuffix("_forward") for op, _ in calls)
-    order, costs = (choice.order, dict(choice.costs)) if choice else (None, {})
-    return Site(name, not obstacle, order, costs, reason, where, stages)
+    (order, costs), then = ((c.order, dict(c.costs)) if c else (None, {}) for c in (forward, backward))
+    return Site(name, not obstacle, order, costs, reason, where, stages, *then)
 
 
 class _Recorder(TorchDispatchMode):
@@ -270,10 +273,12 @@ def _leaf_calls(node: fx.Node) -> tuple[list[tuple[str, dict[str, Any]]], torch.
     return recorder.calls, out
 
 
-def _choice(calls: list[tuple[str, dict[str, Any]]], *, training: bool) -> cost.Choice | None:
-    """The lowering's choice for the one of the calls that has loop orders."""
+def _choices(calls: list[tuple[str, dict[str, Any]]], *, training: bool) -> tuple[cost.Choice | None, ...]:
+    """The lowering's for the one of the calls that has loop orders: of its forward and, in training, its backward."""
     given = next((arguments for _, arguments in calls if "loop_order" in arguments), None)
-    return None if given is None else choose(given, training=training)
+    if given is None:
+        return None, None
+    return choose(given, training=training), choose(given, backward=True) if training else None
 
 
 def _obstacle(device_type: str) -> str:
@@ -308,9 +313,11 @@ def _report(e: Explanation) -> Iterator[str]:
         yield ""
         orders = [order for order in cost.LOOP_ORDERS if any(order in s.costs for s in nsa)]
         head = (*_WORDS, *orders, "speed-up")
-        yield from _table([head, *(_row(i, s, n, orders) for i, (s, n) in enumerate(alike, 1))])
+        yield from _table([head, *(row for i, (s, n) in enumerate(alike, 1) for row in _rows(i, s, n, orders))])
         if orders:
             yield f"  Under {', '.join(orders)}: predicted times of the selected branch in these loop orders."
+        if any(s.backward_costs for s in nsa):
+            yield "  Each direction has its own; the lists that both may use are counted to the backward."
         yield ""
         yield "Why"
         yield from _numbered(s.reason for s, _ in alike)
@@ -346,14 +353,19 @@ def _times(n: int) -> str:
     return f" ({n} times)" if n > 1 else ""
 
 
-def _row(number: int, site: Site, calls: int, orders: Sequence[str]) -> tuple[str, ...]:
-    times = tuple(cost.format_seconds(site.costs[o]) if o in site.costs else "-" for o in orders)
-    speedup = "-"
-    if site.loop_order and site.costs:
-        other = cost.best_other(site.costs, site.loop_order)
-        speedup = f"{site.costs[other] / site.costs[site.loop_order]:.1f}x"
-    lowered = "yes" if site.matched else "no"
-    return (str(number), _short(site.where), site.op, str(calls), lowered, site.loop_order or "-", *times, speedup)
+def _rows(number: int, site: Site, calls: int, orders: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """A site's, with a second one for the backward of a trained site, which says nothing again."""
+    about = (str(number), _short(site.where), site.op, str(calls), "yes" if site.matched else "no")
+    trained = site.backward_order is not None
+    yield *about, *_priced("forward " if trained else "", site.loop_order, site.costs, orders)
+    if trained:
+        yield *("" for _ in about), *_priced("backward ", site.backward_order, site.backward_costs, orders)
+
+
+def _priced(direction: str, order: str | None, costs: dict[str, float], orders: Sequence[str]) -> tuple[str, ...]:
+    times = (cost.format_seconds(costs[o]) if o in costs else "-" for o in orders)
+    speedup = f"{costs[cost.best_other(costs, order)] / costs[order]:.1f}x" if order and costs else "-"
+    return f"{direction}{order}" if order else "-", *times, speedup
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -75,6 +75,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     calibration.forget()
 
 
+@pytest.fixture
+def uncut(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cost model of calls that are never cut in parts, as the H200's measurements are of."""
+    from fsa_compile.cost import choice
+
+    monkeypatch.setattr(choice, "WORKSPACE", 1 << 62)
+    choice.choose.cache_clear()
+    yield
+    monkeypatch.undo()
+    choice.choose.cache_clear()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

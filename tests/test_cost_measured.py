@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 def load() -> dict[tuple[str, int, int], dict[int, tuple[float, float, float, float]]]:
     """ms of the eager operators, lists included: (locality, D, T): {G: (forward fsa, nsa, backward fsa, nsa)}.
 
-    As committed: one NVIDIA H200, torch 2.11, triton 3.6, bf16, 4 KV heads, block 64, S = 16.
+    As committed: one NVIDIA H200, torch 2.11, triton 3.6, bf16, 4 KV heads, block 64, S = 16; calls were not cut yet.
     """
     ms: dict[tuple[str, int, int, int, str, str], float] = {}
     for name in ("selected_h200.csv", "selected_lengths_h200.csv"):
@@ -65,7 +65,7 @@ def measured(case: tuple[str, int, int, int]) -> list[tuple[Choice, dict[str, fl
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_order_chosen_is_the_fastest_measured_or_close_to_it(case: tuple[str, int, int, int]) -> None:
+def test_the_order_chosen_is_the_fastest_measured_or_close_to_it(case: tuple[str, int, int, int], uncut: None) -> None:
     allowed = 1.05 if case[2] >= 4096 else 1.25
     for choice, ms in measured(case):
         chosen = min(ms, key=choice.costs.__getitem__)  # of those that were measured
@@ -73,13 +73,13 @@ def test_the_order_chosen_is_the_fastest_measured_or_close_to_it(case: tuple[str
 
 
 @pytest.mark.parametrize("case", LONG)
-def test_predicts_the_measured_time_within_25_percent(case: tuple[str, int, int, int]) -> None:
+def test_predicts_the_measured_time_within_25_percent(case: tuple[str, int, int, int], uncut: None) -> None:
     for choice, ms in measured(case):
         for order in ms:
             assert choice.costs[order] * 1e3 == pytest.approx(ms[order], rel=0.25), order
 
 
-def test_predictions_of_long_sequences_are_unbiased_by_more_than_10_percent() -> None:
+def test_predictions_of_long_sequences_are_unbiased_by_more_than_10_percent(uncut: None) -> None:
     for order in ("fsa", "nsa"):
         logs = [math.log(c.costs[order] * 1e3 / ms[order]) for case in LONG for c, ms in measured(case)]
         assert abs(sum(logs) / len(logs)) < math.log(1.10)
@@ -114,7 +114,7 @@ def test_choices_on_the_h100_are_close_to_the_best_of_all_orders() -> None:
     times, _ = report.read(RESULTS / "calibration_h100.csv")
     found = report.judge(DEVICES["H100"], [m for m in times if m.held_out])
     slower = sorted(judgement.slower for judgement in found)
-    assert len(found) == 72
-    assert sum(slower) / len(slower) < 0.015
-    assert sum(s > 0.05 for s in slower) <= 6
-    assert slower[-1] < 0.25
+    assert len(found) == 60
+    assert sum(slower) / len(slower) < 0.002
+    assert slower[-1] < 0.05
+    assert report.deviation(DEVICES["H100"], [m for m in times if m.held_out]) < math.log(1.13)

@@ -90,12 +90,8 @@ def test_cpu_site_has_everything_but_a_match(x: Tensor) -> None:
     assert site.reason.startswith("runs on cpu, where the operator is called as it is; the CPU path is KV-outer")
     expected = cost.Problem(2, 64, 64, 1, 2, 16, 16, 16, 4, 4, cost.LIKELY_AGREEMENT)
     assert site.costs == cost.choose(expected, cost.DEVICES["cpu"], training=True).costs
-
-
-def test_backward_is_counted_only_where_one_will_follow(x: Tensor) -> None:
-    assert "forward + backward is predicted" in explain(Nsa(), x).sites[0].reason
-    with torch.no_grad():
-        assert "forward is predicted" in explain(Nsa(), x).sites[0].reason
+    assert site.backward_order == "fsa"
+    assert site.backward_costs == cost.choose(expected, cost.DEVICES["cpu"], backward=True).costs
 
 
 def test_cuda_site_is_matched_with_the_lowerings_choice(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,9 +268,9 @@ def test_forward_and_backward_share_lists_and_order() -> None:
     targets = [str(n.target) for n in harness.graph.nodes]
     assert targets.count("fsa._block_lists.default") == 1
     problem = cost.Problem(1, 32768, 32768, 2, 1, 64, 64, 64, 16, 2, cost.LIKELY_AGREEMENT)
-    choice = cost.choose(problem, cost.DEVICES["H200"], training=True)
-    assert [s.loop_order for s in sites] == [choice.order] * 2
-    assert [s.costs for s in sites] == [choice.costs] * 2
+    choices = [cost.choose(problem, cost.DEVICES["H200"], **how) for how in ({"training": True}, {"backward": True})]
+    assert [s.loop_order for s in sites] == [choice.order for choice in choices] == ["fsa", "fsa"]
+    assert [s.costs for s in sites] == [choice.costs for choice in choices]
 
 
 def test_a_failing_expansion_leaves_the_operator(

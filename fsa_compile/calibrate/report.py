@@ -22,7 +22,7 @@ class Judgement:
     """One choice against measurements. Times in seconds."""
 
     problem: cost.Problem
-    stage: str  # "forward", "backward" or "training"
+    stage: str  # one of cost.orders.STAGES
     chosen: str
     times: dict[str, float]  # as measured, by order
 
@@ -38,23 +38,30 @@ class Judgement:
 
 
 def judge(device: cost.Device, measured: Sequence[Measurement]) -> list[Judgement]:
-    """The choices with these constants, for each problem forward, backward and both, as in a training step."""
+    """The choices with these constants, for each problem those of a forward, of one whose backward follows, and of a
+    backward.
+    """
     found = []
     for problem in dict.fromkeys(m.problem for m in measured):
         times = {(m.order, m.stage): m.seconds for m in measured if m.problem == problem}
         orders = [o for o in cost.LOOP_ORDERS if {(o, "forward"), (o, "backward")} <= times.keys()]
-        stages = {stage: {o: times[o, stage] for o in orders} for stage in ("forward", "backward")}
-        stages["training"] = {o: sum(stages[s][o] for s in ("forward", "backward")) for o in orders}
-        for order in orders:
-            made = [{p.name for p in cost.ORDERS[order].passes(s)} for s in ("forward", "backward")]
-            if "lists" in made[0] & made[1]:  # a training step makes them once
-                stages["training"][order] -= times.get(("", "lists"), 0.0)
-        for stage, by_order in stages.items():
-            how = {} if stage == "forward" else {stage: True}
-            chosen = cost.choose(problem, device, **how).order  # type: ignore[arg-type]
+        forward, backward = ({o: times[o, stage] for o in orders} for stage in ("forward", "backward"))
+        trained = {o: s - _left_to_the_backward(o, times.get(("", "lists"), 0.0)) for o, s in forward.items()}
+        for stage, by_order, how in (
+            ("forward", forward, {}),
+            ("trained forward", trained, {"training": True}),
+            ("backward", backward, {"backward": True}),
+        ):
+            chosen = cost.choose(problem, device, **how).order
             if chosen in by_order and len(by_order) > 1:
                 found.append(Judgement(problem, stage, chosen, by_order))
     return found
+
+
+def _left_to_the_backward(order: str, lists: float) -> float:
+    """Of a measured forward, what it would not take in a training step; lists: measured seconds of theirs."""
+    alone, trained = ({p.name for p in cost.ORDERS[order].passes(s)} for s in ("forward", "trained forward"))
+    return lists if "lists" in alone - trained else 0.0
 
 
 def deviation(device: cost.Device, measured: Sequence[Measurement]) -> float:
@@ -69,13 +76,13 @@ def summary(device: cost.Device, measured: Sequence[Measurement]) -> str:
     if not found:
         return "no shape was measured in two loop orders: nothing to choose between"
     orders = [o for o in cost.LOOP_ORDERS if any(o in j.times for j in found)]
-    lines = [f"{'shape (D, block size x selected)':<34}{'pass':<10}{'chosen':>7}{'slower':>8}"]
+    lines = [f"{'shape (D, block size x selected)':<34}{'pass':<17}{'chosen':>7}{'slower':>8}"]
     lines[0] += "".join(f"{order + ' ms':>10}" for order in orders)
     for j in found:
         p = j.problem
         shape = f"T={p.seq_len} G={p.gqa_group_size} D={p.head_dim} {p.block_size}x{p.num_selected}"
         times = (f"{j.times[o] * 1e3:>10.3f}" if o in j.times else f"{'-':>10}" for o in orders)
-        lines.append(f"{shape:<34}{j.stage:<10}{j.chosen:>7}{j.slower:>8.1%}{''.join(times)}")
+        lines.append(f"{shape:<34}{j.stage:<17}{j.chosen:>7}{j.slower:>8.1%}{''.join(times)}")
     slow = [j for j in found if j.slower > TOLERANCE]
     rms = deviation(device, measured)
     worst = max(found, key=lambda j: j.slower)

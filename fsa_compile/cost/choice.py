@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
-from ..tiling import ENTRIES_PER_TILE
+from ..tiling import ENTRIES_PER_TILE, WORKSPACE
 from .device import DEVICES, Device
 from .problem import KV_OUTER_ROWS, LOOP_ORDERS, Problem
 
@@ -51,7 +51,7 @@ def _arguments(problem: Problem, device: Device) -> tuple[float, ...]:
     p = problem
     sizes = (p.batch, p.seq_len, p.seq_len_k, p.num_kv_heads, p.gqa_group_size, p.head_dim, p.head_dim_v)
     rows = (p.block_size, p.num_selected, p.itemsize, p.agreement)
-    tiles = (p.query_rows, KV_OUTER_ROWS, ENTRIES_PER_TILE, p.union_tokens, p.chunks)
+    tiles = (p.query_rows, KV_OUTER_ROWS, ENTRIES_PER_TILE, p.union_tokens, p.chunks, WORKSPACE)
     flops = device.flops if p.itemsize <= 2 else device.flops_fp32
     rates = (device.dram_bandwidth, device.l2_bandwidth, device.sort_rate)
     # In floats: the products of large sizes stay finite where they would be slow as big integers.
@@ -93,7 +93,7 @@ def _evaluated(problem: Problem, device: Device, stage: str) -> tuple[dict[str, 
 
 
 def seconds(problem: Problem, device: Device) -> dict[tuple[str, str], float]:
-    """Predicted seconds by loop order and stage: "forward", "backward" or "training".
+    """Predicted seconds by loop order and stage: "forward", "trained forward" or "backward".
 
     As ``choose`` has them, and not remembered: for those who ask for many devices.
     """
@@ -157,10 +157,13 @@ def agreement_of(problem: Problem, union_blocks: float) -> float:
 
 
 def scratch_bytes(problem: Problem, order: str, *, training: bool = False) -> float:
-    """Bytes of temporaries that ``order`` allocates at its largest moment (forward; with ``training`` backward too)."""
+    """Bytes of temporaries that ``order`` allocates at its largest moment: of the forward, or with ``training`` of
+    either direction.
+    """
     _check_order(order)
     any_device = DEVICES["cuda"]  # bytes do not depend on it
-    return _evaluated(problem, any_device, "training" if training else "forward")[1][order]
+    stages = ("forward", "backward") if training else ("forward",)
+    return max(_evaluated(problem, any_device, stage)[1][order] for stage in stages)
 
 
 def format_seconds(seconds: float) -> str:
@@ -175,14 +178,15 @@ def format_seconds(seconds: float) -> str:
 def choose(
     problem: Problem, device: Device, loop_order: str = "auto", *, training: bool = False, backward: bool = False
 ) -> Choice:
-    """The loop order for one selected-attention call.
+    """The loop order for one direction of a selected-attention call; the other direction has its own.
 
     Args:
         problem: its sizes.
         device: its device's rates.
         loop_order: one of ``LOOP_ORDERS`` overrides the model; the costs are given all the same.
-        training: cost of forward and backward together, the lists built once.
-        backward: cost of the backward alone (for a backward op that stands by itself); excludes ``training``.
+        training: of a forward whose backward follows in the same graph: its cost without the passes that every order's
+            backward has too, the lists, as these are made once.
+        backward: of a backward, lists included; excludes ``training``.
 
     Where the device has one path only it is that, and ``loop_order`` makes no difference. Otherwise it is the one with
     the lowest cost among those whose temporaries take at most half of the device's memory, or of all if none does.
@@ -192,13 +196,13 @@ def choose(
     if loop_order not in ("auto", *LOOP_ORDERS):
         raise ValueError(f"loop_order is {loop_order!r}; it should be {_any_of(('auto', *LOOP_ORDERS))}")
     if training and backward:
-        raise ValueError("training and backward are both set; training already counts the backward")
-    stage = "training" if training else "backward" if backward else "forward"
+        raise ValueError("training and backward are both set; training is of a forward whose backward follows")
+    stage = "trained forward" if training else "backward" if backward else "forward"
     from .orders import ORDERS
 
     seconds, scratch = _evaluated(problem, device, stage)
     costs = {order: seconds[order] for order in ORDERS}
-    scope = "forward + backward" if training else stage
+    scope = "forward of a training step" if training else stage
 
     def versus(order: str) -> str:
         other = best_other(costs, order)

@@ -22,8 +22,8 @@ EFFICIENCY: dict[str, float] = {
     "KV-outer partials": 0.30,
     "KV-outer dk dv": 0.392,
     "KV-outer dq dk dv": 0.264,
-    "query-tile": 0.428,
-    "query-tile dq": 0.467,
+    "query-tile": 0.555,
+    "query-tile dq": 0.683,
 }
 
 
@@ -51,10 +51,11 @@ def _gpu(name: str, **values: Any) -> Device:
 
 
 # H200: fitted by calibrate.fit to this package's own kernels on one H200 (torch 2.11, triton 3.6, bf16, HK=4, block 64,
-#   S=16, T = 1K to 128K, G = 1 to 32; tests/test_cost_measured.py, docs/cost-model.md). dram_bandwidth is 78 % of
-#   4.8 TB/s: KV-outer partials and merge. l2_bandwidth is 54 % of 132 SMs x 64 B/clk x 1.785 GHz. launch_overhead is
-#   a compromise: eager calls below T = 2K were bound by the host, at 23 us a launch; a CUDA graph hides most of that.
-#   Query tiles were not timed there: their shares are the H100's.
+#   S=16, T = 1K to 128K, G = 1 to 32; tests/test_cost_measured.py, docs/cost-model.md), bandwidths from T = 4K on.
+#   dram_bandwidth is 77 % of 4.8 TB/s: KV-outer partials and merge. l2_bandwidth is 55 % of 132 SMs x 64 B/clk x
+#   1.785 GHz. The kernels were older, and no call was cut. launch_overhead is a compromise: eager calls below T = 2K
+#   were bound by the host, at 23 us a launch; a CUDA graph hides most of that. Query tiles were not timed there:
+#   their shares are the H100's.
 # H100: a calibration of one (torch 2.11, triton 3.6; benchmarks/results/calibration_h100.csv), GPU's time alone.
 # Others: data sheet x the fractions that the H200 reached, sorts as DRAM. Not measured.
 #   A100-80GB: 108 SMs x 64 B/clk x 1.41 GHz of L2, 2.04 TB/s. B200: 148 SMs x 64 B/clk x 1.85 GHz, 8 TB/s.
@@ -68,8 +69,8 @@ DEVICES: dict[str, Device] = {
         "H200",
         flops=989 * _TERA,
         flops_fp32=67 * _TERA,
-        dram_bandwidth=3.74 * _TERA,
-        l2_bandwidth=8.16 * _TERA,
+        dram_bandwidth=3.7 * _TERA,
+        l2_bandwidth=8.33 * _TERA,
         sort_rate=14.1 * _GIGA,
         num_sms=132,
         memory=141 * _GIGA,
@@ -78,13 +79,13 @@ DEVICES: dict[str, Device] = {
         "H100",
         flops=989 * _TERA,
         flops_fp32=67 * _TERA,
-        dram_bandwidth=2.83 * _TERA,
+        dram_bandwidth=3.14 * _TERA,
         l2_bandwidth=8.37 * _TERA,
-        sort_rate=22.1 * _GIGA,
-        launch_overhead=5.3e-06,
+        sort_rate=20.8 * _GIGA,
+        launch_overhead=5.7e-06,
         num_sms=132,
         memory=80 * _GIGA,
-        efficiency=(0.186, 0.185, 0.302, 0.426, 0.223, 0.428, 0.467),
+        efficiency=(0.182, 0.285, 0.297, 0.548, 0.493, 0.555, 0.684),
     ),
     "A100": _gpu(
         "A100",

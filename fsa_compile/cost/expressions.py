@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from sympy import Expr, Integer, Max, Min, Symbol, ceiling, exp
+from sympy import Expr, Integer, Max, Min, Rational, Symbol, ceiling, exp
 
-from ..tiling import ENTRIES_PER_TILE
+from ..tiling import ENTRIES_PER_TILE, WORKSPACE
 from .device import EFFICIENCY
 from .problem import KV_OUTER_ROWS
 
@@ -22,7 +22,7 @@ def _sym(name: str) -> Symbol:
 
 B, T, Tk, HK, G, D, DV, bs, S, w = map(_sym, ("B", "T", "Tk", "HK", "G", "D", "DV", "bs", "S", "w"))
 a = Symbol("a", nonnegative=True)
-M_q, M_kv, N_w, N_t, C = map(_sym, ("M_q", "M_kv", "N_w", "N_t", "C"))
+M_q, M_kv, N_w, N_t, C, X = map(_sym, ("M_q", "M_kv", "N_w", "N_t", "C", "X"))
 FLOPS, BW_dram, BW_L2 = map(_sym, ("FLOPS", "BW_dram", "BW_L2"))
 R_sort, t_launch, SMs = map(_sym, ("R_sort", "t_launch", "SMs"))
 E, W, P, U = map(_sym, ("E", "W", "P", "U"))
@@ -30,13 +30,19 @@ E, W, P, U = map(_sym, ("E", "W", "P", "U"))
 # By pass: its share of FLOPS, a constant of the device (`Device.efficiency`).
 SHARES: dict[str, Symbol] = {name: _sym("eta_" + "".join(re.findall(r"\b\w", name))) for name in EFFICIENCY}
 
+_blocks = ceiling(Tk / bs)
+_own_blocks = Min(ceiling(T / bs), _blocks)  # the last ones, which hold the queries
+# Causal: queries of the first of these see so many blocks fewer than they have slots, those of the next one less few.
+_too_few = Max(0, Min(S, _blocks) - (_blocks - _own_blocks) - 1)
+_filled = Min(S, _blocks) - _too_few * (_too_few + 1) / (2 * _own_blocks)  # slots of a query, on average
+_seen = (Tk - Min(T, Tk) / 2) / bs + Rational(1, 2)  # blocks up to a query, on average
 _half = Max(S, Tk / (2 * bs))  # blocks that a query can select, on average
 # Names that make the expressions readable; substituted before evaluation.
 DERIVED: dict[Symbol, Expr] = {
-    E: B * T * HK * Min(S, ceiling(Tk / bs)),
+    E: B * T * HK * _filled,
     W: E / N_w + Min(E, B * HK * ceiling(Tk / bs)),
     P: E * G * C,
-    U: (1 - a) * _half * (1 - exp(-N_t * S / _half)) + a * S,
+    U: Min((1 - a) * _half * (1 - exp(-Min(N_t, T) * S / _half)) + a * S, _seen),
 }
 
 MEANING: dict[Symbol, str] = {
@@ -56,7 +62,8 @@ MEANING: dict[Symbol, str] = {
     N_w: f"entries that one work item of a KV-outer pass serves ({ENTRIES_PER_TILE})",
     N_t: "tokens of a query tile",
     C: "chunks that the KV-outer passes cut a block into: 1 where the whole of it fits on chip",
-    E: "entries: (token, KV head, selected block) triples",
+    X: f"bytes of partials at once ({WORKSPACE >> 30} GiB); a call with more is cut in parts",
+    E: "entries: (token, KV head, selected block) triples; a sequence's first tokens have fewer than S",
     W: "work items of a KV-outer pass; every list's last one is partly filled",
     P: "rows of partials: one for each entry, query head and chunk",
     U: "blocks of a query tile's union",
@@ -70,7 +77,7 @@ MEANING: dict[Symbol, str] = {
 }
 
 SIZES = (B, T, Tk, HK, G, D, DV, bs, S, w, a)
-TILES = (M_q, M_kv, N_w, N_t, C)
+TILES = (M_q, M_kv, N_w, N_t, C, X)
 CONSTANTS = (FLOPS, BW_dram, BW_L2, R_sort, t_launch, SMs, *SHARES.values())
 
 
@@ -85,7 +92,7 @@ class Pass:
     dram_bytes: Expr = field(default_factory=lambda: Integer(0))
     sorted_keys: Expr = field(default_factory=lambda: Integer(0))
     items: Expr | None = None  # the pass in work items as large as its largest; None: small and many
-    launches: int = 1
+    launches: Expr | int = 1
 
     def terms(self) -> dict[str, Expr]:
         """Seconds by what they are spent on; the pass takes the largest of the first three plus the others."""

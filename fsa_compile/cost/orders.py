@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sympy import Expr, Integer, Max, Min
+from sympy import Expr, Integer, Max, Min, ceiling
 
-from ..tiling import WORKSPACE
-from .expressions import DV, HK, B, C, D, E, G, M_kv, M_q, N_t, N_w, P, Pass, S, T, Tk, U, W, bs, tensor_bytes
+from .expressions import DV, HK, B, C, D, E, G, M_kv, M_q, N_t, N_w, P, Pass, S, T, Tk, U, W, X, bs, tensor_bytes
 
-# What a choice can be for: one direction by itself, or both, as a training step runs them.
-STAGES = ("forward", "backward", "training")
+# What a choice can be for. A trained forward is one whose backward follows in the same graph.
+STAGES = ("forward", "trained forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -26,32 +25,68 @@ class Order:
     backward_scratch: Expr
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        """Of one of ``STAGES``. What forward and backward have in common, the lists, a training step makes once."""
-        once = tuple(p for p in self.backward if p not in self.forward)
-        return {"forward": self.forward, "backward": self.backward, "training": (*self.forward, *once)}[stage]
+        """Of one of ``STAGES``. A trained forward is not charged for what the backward makes in any case: the lists."""
+        if stage == "trained forward":
+            return tuple(p for p in self.forward if p not in made_by_every_backward())
+        return {"forward": self.forward, "backward": self.backward}[stage]
 
     def seconds(self, stage: str) -> Expr:
         """Of one of ``STAGES``, in the symbols of ``MEANING``."""
         return sum((p.time() for p in self.passes(stage)), Integer(0))
 
     def scratch(self, stage: str) -> Expr:
-        """Bytes, of one of ``STAGES``."""
-        both = Max(self.forward_scratch, self.backward_scratch)
-        return {"forward": self.forward_scratch, "backward": self.backward_scratch, "training": both}[stage]
+        """Bytes, of one of ``STAGES``. A trained forward's lists take memory, whoever they are made for."""
+        return self.backward_scratch if stage == "backward" else self.forward_scratch
+
+
+def made_by_every_backward() -> tuple[Pass, ...]:
+    """Passes of the backward whatever its order; a graph that holds one already does not make it again."""
+    first, *others = ORDERS.values()
+    return tuple(p for p in first.backward if all(p in order.backward for order in others))
 
 
 _q_rows, _k_rows = B * T * HK * G, B * Tk * HK
 _read_rows = Min(_k_rows, E * bs)  # rows of k and v that are selected at all
 _items_q = B * T * HK
+_slots = B * T * HK * Min(S, ceiling(Tk / bs))  # entries, and the slots that the first queries leave empty
 # A query selects a block once, so no list is longer than the sequence.
 _items_kv = E * C / Min(N_w, T)
 
 _LISTS = Pass(
     "lists",
     "sort the entries by block: one stable sort, and small kernels for keys, offsets and work items",
-    sorted_keys=E,
+    sorted_keys=_slots,
     launches=20,
 )
+
+
+def _cut(width: Expr) -> tuple[Expr, Expr]:
+    """Parts of a call whose partials of this width take turns in the workspace, and how many lists they are of.
+
+    As ``ops/selected/chunks.py`` cuts it, but for divisors: a query head is not cut, and a group's have one list.
+    """
+    parts = Min(B * HK * G, Max(1, ceiling(tensor_bytes(B * T * HK * G * S, width) / X)))
+    return parts, Min(parts, B * HK)
+
+
+# Every list's items end by themselves, which is most of what cutting costs.
+_of_d, _of_dv = _cut(D), _cut(DV)
+
+
+def _cutting(cut: tuple[Expr, Expr], width: Expr, launches: int, tiles: Expr | int = 0) -> Pass:
+    """What else it costs: launches, of a part's kernels beside its lists' too, and bytes.
+
+    Each part of a group leaves its own ``tiles`` (bytes), which are added up.
+    """
+    parts, lists = cut
+    return Pass(
+        "parts",
+        "if partials exceed the workspace: lists for each part, and the results of parts copied together",
+        dram_bytes=Min(1, parts - 1) * 2 * tensor_bytes(_q_rows, width) + (parts / lists - 1) * 4 * tiles,
+        launches=(lists - 1) * _LISTS.launches + (parts - 1) * launches,
+    )
+
+
 _DELTA = Pass(
     "delta",
     "rowsum(grad_out * out)",
@@ -78,20 +113,18 @@ _DKV = Pass(
     items=_items_kv,
 )
 
-_tiles = B * T * HK / N_t
+_tiles = B * HK * Max(1, T / N_t)
 _UNIONS = Pass(
     "unions",
     "sort the blocks of a query tile's tokens, and keep each once with its tokens",
     dram_bytes=4 * E + 12 * _tiles * U,
 )
 _walked = _tiles * U * bs  # keys, once for each tile
+# A block's id, the bits of its members and its addresses take as long as so many keys more, whatever its size.
+_KEYS_PER_BLOCK = 8
+_multiplied = _walked + _KEYS_PER_BLOCK * _tiles * U
 
 _SORTED = 24 * E  # bytes, while the lists are sorted
-
-
-def _share_at_once(width: Expr) -> Expr:
-    """Of a call whose partials exceed the workspace, and which is cut in parts; one head alone is not cut."""
-    return Min(1, WORKSPACE / tensor_bytes(P, width))
 
 
 ORDERS: dict[str, Order] = {
@@ -100,8 +133,8 @@ ORDERS: dict[str, Order] = {
             Pass(
                 "query-outer",
                 "each (token, KV head) walks its S blocks; every K/V block read again for every token",
-                flops=2 * E * bs * M_q * (D + DV),
-                l2_bytes=tensor_bytes(E * bs, D, DV),
+                flops=2 * _slots * bs * M_q * (D + DV),
+                l2_bytes=tensor_bytes(_slots * bs, D, DV),
                 dram_bytes=tensor_bytes(_q_rows, D, DV) + tensor_bytes(_read_rows, D, DV) + 4 * _q_rows + 4 * E,
                 items=_items_q,
             ),
@@ -113,8 +146,8 @@ ORDERS: dict[str, Order] = {
             Pass(
                 "query-outer dq",
                 "s, dp, dq = ds k; K/V blocks read again for every token",
-                flops=2 * E * bs * M_q * (2 * D + DV),
-                l2_bytes=tensor_bytes(E * bs, D, DV),
+                flops=2 * _slots * bs * M_q * (2 * D + DV),
+                l2_bytes=tensor_bytes(_slots * bs, D, DV),
                 dram_bytes=tensor_bytes(_q_rows, D, DV, D) + tensor_bytes(_read_rows, D, DV) + 8 * _q_rows + 4 * E,
                 items=_items_q,
             ),
@@ -133,13 +166,14 @@ ORDERS: dict[str, Order] = {
                 flops=2 * _kv_rows * bs * (D + DV),
                 l2_bytes=tensor_bytes(W * bs, D, DV) + tensor_bytes(P, D, DV),
                 dram_bytes=tensor_bytes(P, D, DV) + tensor_bytes(_read_rows, D, DV) + 4 * P + 8 * E,
-                items=_items_kv,
+                items=_items_kv / _of_dv[1],
             ),
             Pass(
                 "merge",
                 "weigh a token's S partials by their log-sum-exp and add",
                 dram_bytes=tensor_bytes(P, DV) + 4 * P + tensor_bytes(_q_rows, DV) + 4 * _q_rows,
             ),
+            _cutting(_of_dv, DV, launches=2),
         ),
         backward=(
             _DELTA,
@@ -150,7 +184,7 @@ ORDERS: dict[str, Order] = {
                 flops=2 * _kv_rows * bs * (3 * D + 2 * DV),
                 l2_bytes=tensor_bytes(W * bs, D, DV) + tensor_bytes(P, D, DV, D),
                 dram_bytes=tensor_bytes(P, D, DV, D) + 8 * P + 8 * E + _dkv_tiles,
-                items=_items_kv,
+                items=_items_kv / _of_d[1],
             ),
             Pass(
                 "sum dq partials",
@@ -158,9 +192,10 @@ ORDERS: dict[str, Order] = {
                 dram_bytes=tensor_bytes(P, D) + tensor_bytes(_q_rows, D),
             ),
             _TILE_SUM,
+            _cutting(_of_d, D, launches=4, tiles=_dkv_tiles),
         ),
-        forward_scratch=(_SORTED + tensor_bytes(P, DV) + 8 * P) * _share_at_once(DV),
-        backward_scratch=(_SORTED + tensor_bytes(P, D) + _dkv_tiles) * _share_at_once(D),
+        forward_scratch=_SORTED / _of_dv[1] + (tensor_bytes(P, DV) + 8 * P) / _of_dv[0],
+        backward_scratch=(_SORTED + _dkv_tiles) / _of_d[1] + tensor_bytes(P, D) / _of_d[0],
     ),
     "tile": Order(
         forward=(
@@ -168,7 +203,7 @@ ORDERS: dict[str, Order] = {
             Pass(
                 "query-tile",
                 "each tile of neighbouring tokens walks the union of their blocks; a token uses those that it selected",
-                flops=2 * _walked * N_t * G * (D + DV),
+                flops=2 * _multiplied * N_t * G * (D + DV),
                 l2_bytes=tensor_bytes(_walked, D, DV),
                 dram_bytes=tensor_bytes(_q_rows, D, DV) + tensor_bytes(_read_rows, D, DV) + 4 * _q_rows,
                 items=_tiles,
@@ -182,7 +217,7 @@ ORDERS: dict[str, Order] = {
             Pass(
                 "query-tile dq",
                 "s, dp, dq = ds k, over the union",
-                flops=2 * _walked * N_t * G * (2 * D + DV),
+                flops=2 * _multiplied * N_t * G * (2 * D + DV),
                 l2_bytes=tensor_bytes(_walked, D, DV),
                 dram_bytes=tensor_bytes(_q_rows, D, DV, D) + tensor_bytes(_read_rows, D, DV) + 8 * _q_rows,
                 items=_tiles,

@@ -121,7 +121,6 @@ class _Expansion:
         self.made: dict[Any, fx.Node] = {}  # equal calls are made once
         backwards = [n for n in graph.nodes if n.op == "call_function" and n.target in rules]
         self.trained = {_identity(rules[n.target], _bound(n)) for n in backwards if rules[n.target].is_backward}
-        self.choices: dict[Any, cost.Choice | None] = {}
 
     def replace(self, node: fx.Node) -> Site:
         rule, bound = self.rules[node.target], _bound(node)
@@ -148,14 +147,11 @@ class _Expansion:
         return _site(node, True, choice)
 
     def _choose(self, rule: Rule, bound: dict[str, Any], values: dict[str, Any]) -> cost.Choice | None:
-        """One choice for a forward and its backward: their lists are shared."""
+        """By direction. A forward whose backward is in the graph too leaves it the lists."""
         if rule.choose is None:
             return None
-        key = _identity(rule, bound)
-        if key not in self.choices:
-            training = not rule.is_backward and key in self.trained
-            self.choices[key] = rule.choose(values, training=training, backward=rule.is_backward)
-        return self.choices[key]
+        training = not rule.is_backward and _identity(rule, bound) in self.trained
+        return rule.choose(values, training=training, backward=rule.is_backward)
 
     def _inline(self, node: fx.Node, bound: dict[str, Any], traced: fx.GraphModule) -> None:
         sources = iter([x for x in pytree.tree_leaves(bound) if isinstance(x, fx.Node)])

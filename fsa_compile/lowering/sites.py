@@ -11,15 +11,21 @@ __all__ = ["Site", "collect_sites", "report"]
 
 @dataclass(frozen=True)
 class Site:
-    """What became of one semantic operator in one graph."""
+    """What became of one semantic operator in one graph.
+
+    The pass meets a forward and its backward as sites of their own. `explain` sees calls, whose backward, where one
+    will follow, is in the last two fields.
+    """
 
     op: str  # "fsa::selected_attention"
     matched: bool  # replaced by kernels
     loop_order: str | None
-    costs: dict[str, float] = field(default_factory=dict)  # seconds by loop order
+    costs: dict[str, float] = field(default_factory=dict)  # seconds by loop order, of the operator's own direction
     reason: str = ""
     where: str | None = None  # "file:line" of the user's call
     stages: tuple[str, ...] = ()  # of a public operator: the semantic operators that it consists of, in order
+    backward_order: str | None = None
+    backward_costs: dict[str, float] = field(default_factory=dict)  # seconds by loop order
 
 
 _collectors: list[list[Site]] = []

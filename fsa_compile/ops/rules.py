@@ -28,9 +28,9 @@ class Rule:
 
     op: name of the semantic operator.
     fn: its implementation out of internal operators (see ``dispatch``); ``options.loop_order`` may force an order.
-    choose: ``choose(arguments, training=..., backward=...)``, the loop order for arguments by name, which may be fake;
-        None where there is one way only.
-    shared: the arguments that a forward and its backward have in common, and with them the choice.
+    choose: ``choose(arguments, training=..., backward=...)``, the loop order for arguments by name, which may be fake,
+        as ``cost.choose`` has it; None where there is one way only.
+    shared: the arguments that a forward and its backward have in common, by which one is known to follow the other.
     """
 
     op: str

@@ -11,7 +11,7 @@ __all__ = ["choose"]
 
 
 def choose(arguments: dict[str, Any], *, training: bool = False, backward: bool = False) -> cost.Choice:
-    """The cost model's order for one call."""
+    """The cost model's order for one direction of a call; ``cost.choose`` says what the flags mean."""
     q, k, v, block_indices = (arguments[name] for name in ("q", "k", "v", "block_indices"))
     problem = problem_of(q, k, v, block_indices, arguments["block_size"])
     return cost.choose(problem, device_of(q), arguments["loop_order"], training=training, backward=backward)
