@@ -92,4 +92,5 @@ from . import (  # noqa: E402
     near_misses,  # noqa: F401
     positives,  # noqa: F401
     probability_positives,  # noqa: F401
+    written,  # noqa: F401
 )

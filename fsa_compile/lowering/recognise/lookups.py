@@ -304,3 +304,44 @@ def _clamp(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, low: Any = No
     if isinstance(low, int) and low >= 0 and not is_float(node):
         return apply("clamped", At(node, index))
     return None
+
+
+@value("slice_scatter.default")
+def _slice_scatter(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, src: fx.Node, dim: int = 0, start: Any = None,
+    end: Any = None, step: Any = 1,
+) -> Term | None:  # fmt: skip
+    """What is written to a slice, as `x[:, 2:] = y` does."""
+    dim = axis_of(len(index), dim)
+    size, given = ev.shape(x)[dim], ev.shape(src)[dim]
+    first = Poly.of(0) if start is None else ev.size(start)
+    if is_nonneg(first * -1 - 1):
+        first = first + size
+    if step != 1 or not is_nonneg(first) or not is_nonneg(size - first - given):
+        return None
+    return _over(ev, node, index, x, src, dim, first, given)
+
+
+@value("select_scatter.default")
+def _select_scatter(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, src: fx.Node, dim: int, at: Any
+) -> Term | None:
+    dim, size = axis_of(len(index), dim), ev.shape(x)[axis_of(len(index), dim)]
+    first = ev.size(at)
+    if is_nonneg(first * -1 - 1):
+        first = first + size
+    if not is_nonneg(first) or not is_nonneg(size - 1 - first):
+        return None
+    old, new = ev.value(x, index), ev.value(src, (*index[:dim], *index[dim + 1 :]))
+    return choice(ev, node, equal(Int(index[dim]), Int(first)), new, old)
+
+
+def _over(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, src: fx.Node, dim: int, first: Poly, given: Poly
+) -> Term | None:
+    """`src` laid over `x` from `first` on; outside of it the index in `src` has no meaning and is not taken."""
+    var = ev.var("y", given)
+    place = index[dim] - first
+    inside = all_of(nonneg(place), nonneg(given - 1 - place))
+    new = replaced(ev.value(src, with_axis(index, dim, Poly.of(var))), {var: place})
+    return choice(ev, node, inside, new, ev.value(x, index))

@@ -17,9 +17,10 @@ from .build import Builder
 from .evaluate import NotUnderstood
 from .index import Poly, Var, is_nonneg, variables
 from .prove import Roles
-from .region import Graph, Region, function_name, tensor, trace
+from .region import Graph, Region, trace
 from .selection import Listed
 from .terms import TRUE, Const, Int, Term, replaced
+from .writes import function_name, tensor
 
 __all__ = ["FORCED", "HIDDEN", "Positions", "Ranked", "rank", "top_of"]
 

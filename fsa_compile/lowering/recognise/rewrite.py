@@ -17,9 +17,10 @@ from .evaluate import NotUnderstood
 from .index import Var
 from .lists import block_indices, ranked
 from .prove import Proof, Roles
-from .region import Graph, tensor
+from .region import Graph
 from .selection import Listed, Selection
 from .terms import NonNeg, free
+from .writes import tensor
 
 __all__ = ["rewrite"]
 

@@ -16,10 +16,10 @@ from .evaluate import NotUnderstood
 from .index import Poly, Var
 from .prove import Roles
 from .ranking import FORCED, HIDDEN, Positions, Ranked
-from .region import written
 from .scores import Scores, factor
 from .selection import Listed, is_implied
 from .terms import FALSE, TRUE, Apply, At, Reduce, Softmax, Term, conjuncts, free, replaced
+from .writes import written
 
 __all__ = ["select"]
 
