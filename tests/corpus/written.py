@@ -36,7 +36,7 @@ def first_block_set(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return attend(q, k, v, chosen.repeat_interleave(BLOCK, -1)[..., :t] & causal(t))
 
 
-@positive()
+@positive(static_only=True)
 def two_first_blocks_set(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     t = q.shape[2]
     chosen = torch.zeros(*ids.shape[:-1], blocks_of(t), dtype=torch.bool).scatter_(-1, ids, True)

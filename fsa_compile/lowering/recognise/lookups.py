@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,56 @@ def _sum_dim(
     body = ev.value(x, inner)
     if is_truth(body):
         body = apply("truth", body)
-    return Reduce("sum", names[0], body) if len(names) == 1 else None
+    if len(names) > 1 and not is_float(node):
+        return None
+    for name in names:
+        body = Reduce("sum", name, body)
+    return body
+
+
+@value("mean.dim")
+def _mean(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: Any, keepdim: bool = False, **_: Any) -> Any:
+    names, inner = _reduced(ev, x, index, dim, keepdim, "mean")
+    count, body = 1, ev.value(x, inner)
+    for name in names:
+        count, body = count * (name.size.constant or 0), Reduce("sum", name, body)
+    return apply("mul", body, Const(1 / count)) if count else None
+
+
+def _of_windows(
+    ev: Evaluator, x: fx.Node, index: Index, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    outside: float,
+) -> tuple[Term, Var] | None:  # fmt: skip
+    """The element of a window along the last axis, and the variable that counts the window's."""
+    stride = stride or kernel
+    if len(kernel) != 2 or kernel[0] != 1 or stride[0] != 1 or padding[0] != 0:
+        return None
+    var, size = ev.var("u", Poly.of(kernel[1])), ev.shape(x)[-1]
+    place, inner = index[-1] * stride[1] + Poly.of(var) - padding[1], ev.var("y", size)
+    element = replaced(ev.value(x, (*index[:-1], Poly.of(inner))), {inner: place})
+    return where(all_of(nonneg(place), nonneg(size - 1 - place)), element, Const(outside)), var
+
+
+@value("avg_pool2d.default")
+def _avg_pool(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, kernel: Any, stride: Any = (), padding: Any = (0, 0),
+    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None,
+) -> Term | None:  # fmt: skip
+    if ceil_mode or divisor_override is not None or not (count_include_pad or set(padding) == {0}):
+        return None
+    found = _of_windows(ev, x, index, kernel, stride, padding, 0.0)
+    return None if found is None else apply("mul", Reduce("sum", found[1], found[0]), Const(1 / kernel[1]))
+
+
+@value("max_pool2d_with_indices.default[0]")
+def _max_pool(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, kernel: Any, stride: Any = (), padding: Any = (0, 0),
+    dilation: Any = (1, 1), ceil_mode: bool = False,
+) -> Term | None:  # fmt: skip
+    if set(dilation) != {1}:
+        return None
+    found = _of_windows(ev, x, index, kernel, stride, padding, -math.inf)
+    return None if found is None else reduced("max", found[1], found[0])
 
 
 @value("amax.default")

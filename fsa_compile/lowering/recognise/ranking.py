@@ -51,7 +51,7 @@ def rank(graph: Graph, b: Builder, roles: Roles, block_size: int, one: Listed) -
     top = follow.top
     scores, number, dim = _arguments(top)
     dim = dim % len(one.ids.index)
-    region = graph.region(top)
+    region = graph.region(top, pooling=True)
     traced = trace(Region(region.nodes[:-1], region.inputs, region.autocast), [scores], b.fake_mode)
     (output,) = (n for n in traced.graph.nodes if n.op == "output")
     of: Any = output.args[0]

@@ -55,8 +55,9 @@ _WRITES = """
     index_fill_ setitem fill_ zero_ masked_fill_ logical_and_ logical_or_ logical_not_ bitwise_and_ bitwise_or_
     iand ior mul_ div_ add_ sub_ imul iadd isub itruediv tril_ triu_ copy_ __iand__ __ior__
 """
-_ATTENTION = "softmax matmul bmm baddbmm einsum __matmul__ __rmatmul__"
-_ALLOWED = frozenset(" ".join((_MOVES, _MAKES, _POINTWISE, _REDUCES, _WRITES, _ATTENTION)).split())
+_ATTENTION = frozenset("softmax matmul bmm baddbmm einsum __matmul__ __rmatmul__".split())
+_ALLOWED = frozenset(" ".join((_MOVES, _MAKES, _POINTWISE, _REDUCES, _WRITES)).split()) | _ATTENTION
+_POOLS = frozenset("unfold mean avg_pool1d avg_pool2d max_pool1d max_pool2d".split())
 _FLOAT_PRODUCTS = frozenset(("mul", "multiply", "__mul__", "__rmul__", "truediv", "div", "divide", "__truediv__"))
 # One of these has to be there for a mask to be made of block ids.
 BLOCKWISE = frozenset(
@@ -115,24 +116,30 @@ class Graph:
         storage = storage_of(node)
         return storage is None or bool(self.writes.get(storage)) or bool(self.unknown_writes)
 
-    def region(self, anchor: fx.Node) -> Region:
-        """The region that ends in `anchor`, which comes last of its nodes."""
-        return self._cut(anchor, [anchor])
+    def region(self, anchor: fx.Node, pooling: bool = False) -> Region:
+        """The region that ends in `anchor`, which comes last of its nodes.
+
+        Args:
+            anchor: its end.
+            pooling: whether what pools is looked through, up to a product or a softmax: not how keys are compressed.
+        """
+        return self._cut(anchor, [anchor], pooling)
 
     def behind(self, call: fx.Node, operands: list[fx.Node]) -> Region:
         """What operands of a call are made of, as they are when it is made."""
         return self._cut(call, operands)
 
-    def _cut(self, anchor: fx.Node, roots: list[fx.Node]) -> Region:
+    def _cut(self, anchor: fx.Node, roots: list[fx.Node], pooling: bool = False) -> Region:
         last, outside = self.order[anchor], roots != [anchor]
         if any(self.order[node] < last for node in self.unknown_writes):
             raise NotUnderstood("something before it writes to a tensor that cannot be told")
         inside: set[fx.Node] = set()
         cut = False
-        pending, around = list(roots), self._autocast_around(anchor)
+        pending, around = [(node, pooling) for node in roots], self._autocast_around(anchor)
         while pending:
-            node = pending.pop()
-            if node in inside or (node is not anchor and not allowed(node)):
+            node, pools = pending.pop()
+            pools = pools and function_name(node) not in _ATTENTION
+            if node in inside or (node is not anchor and not allowed(node) and not (pools and _pools(node))):
                 continue
             if self.grad_modes[node] != self.grad_modes[anchor] and _needs_grad(node):
                 continue  # made again at the anchor, it would have a gradient
@@ -151,9 +158,13 @@ class Graph:
             inside.add(node)
             if len(inside) > _MOST_NODES:
                 raise NotUnderstood("the computation around it is too large to be looked into")
-            pending += node.all_input_nodes
+            pending += [(x, pools) for x in node.all_input_nodes]
             for storage in touched:
-                pending += [w for w in self.writes.get(storage, ()) if self.order[w] < last]  # type: ignore[arg-type]
+                pending += [
+                    (w, pools)
+                    for w in self.writes.get(storage, ())  # type: ignore[arg-type]
+                    if self.order[w] < last
+                ]
         nodes = sorted(inside, key=self.order.__getitem__)
         self._refuse_other_writes(nodes, last)
         inputs: dict[fx.Node, None] = {}
@@ -233,6 +244,10 @@ def allowed(node: fx.Node) -> bool:
     if name == "getattr":
         return node.args[1] in ("T", "mT")
     return node.op in ("call_function", "call_method")
+
+
+def _pools(node: fx.Node) -> bool:
+    return function_name(node) in _POOLS and tensor(node) is not None
 
 
 def _needs_grad(node: fx.Node) -> bool:
