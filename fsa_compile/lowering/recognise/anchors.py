@@ -51,7 +51,7 @@ def recognise_graph(graph: fx.Graph) -> list[Site]:
     given; what was said of them without it is taken back.
     """
     sites = []
-    for where, source, site in _recognised(graph, _attribute, {}):
+    for where, source, site in _recognised(graph, _attribute, {}, {}):
         told = _told.setdefault(where, {})
         before, with_inputs = told.get(source, (None, False))
         if where is graph and with_inputs:
@@ -75,7 +75,9 @@ def preview(module: fx.GraphModule) -> Iterator[tuple[fx.Graph, dict[fx.Node, st
     paths = {graph: path for path, graph in graphs.items()}
     reasons: dict[fx.Node, str] = {}
     for graph in graphs.values() if is_recognising() else ():
-        for _, source, site in _recognised(graph, lambda of, name: graphs.get(f"{paths[of]}.{name}".strip(".")), {}):
+        for _, source, site in _recognised(
+            graph, lambda of, name: graphs.get(f"{paths[of]}.{name}".strip(".")), {}, {}
+        ):
             if not site.matched:
                 reasons.setdefault(source, site.reason)
     for graph in graphs.values():
@@ -88,7 +90,7 @@ def _attribute(graph: fx.Graph, name: str) -> fx.Graph | None:
 
 
 def _recognised(
-    graph: fx.Graph, body_of: BodyOf, originals: Mapping[fx.Node, fx.Node]
+    graph: fx.Graph, body_of: BodyOf, originals: Mapping[fx.Node, fx.Node], refused: _Refused
 ) -> Iterator[tuple[fx.Graph, fx.Node, Site]]:
     """Sites, each with its graph and its call or softmax.
 
@@ -96,9 +98,9 @@ def _recognised(
         graph: what is looked at.
         body_of: finds the graphs of checkpointed functions.
         originals: of nodes that were copied into it.
+        refused: what was found already.
     """
     state: Graph | None = None
-    refused: _Refused = {}
     for anchor, kind, source in list(_anchors(graph)):
         matched, reason = False, ""
         try:
@@ -117,7 +119,7 @@ def _recognised(
         try:
             state = Graph(graph) if state is None else state
             with with_what_is_outside(state, call, body) as copied:
-                found = list(_recognised(body, body_of, copied)) if copied else []
+                found = list(_recognised(body, body_of, copied, refused)) if copied else []
         except NotUnderstood as why:
             log.debug("what a checkpointed function is given is not looked into: %s", why)
         except Exception as error:

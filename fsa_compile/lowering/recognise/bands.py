@@ -68,7 +68,7 @@ def horizons(visible: Term, key: Var, axes: Iterable[Var]) -> list[Horizon]:
                 found.append(Horizon(x, reach, stride))
     if not found:
         given = any(isinstance(part, At) and key in free(part) for part in conjuncts(visible))
-        hint = "; a part of it is an input, such as one made outside of a checkpointed function" if given else ""
+        hint = "; a part of it is an input, of which nothing is known" if given else ""
         raise NotUnderstood(f"its mask is not causal token by token (key <= query){hint}")
     return found
 

@@ -36,6 +36,7 @@ _MOVES = """
     unsqueeze squeeze flatten unflatten contiguous clone repeat tile repeat_interleave getitem narrow select
     flip roll index_select gather take_along_dim unbind split chunk tensor_split cat concat stack hstack pad diff
     rearrange broadcast_to adjoint getattr __getitem__ dropout
+    slice alias index lift_fresh_copy
 """
 _MAKES = """
     zeros ones full empty arange zeros_like ones_like full_like new_zeros new_ones new_full tensor scalar_tensor
@@ -223,7 +224,12 @@ class Region:
         """Whether its mask may be more than causal: cheap, as it is asked of every attention."""
         found = self.horizons()
         shapes = [x.shape[-2:] for x in map(tensor, found) if x is not None and x.dim() >= 2]
-        return len(found) > 1 or any(not isinstance(a, int) or not isinstance(b, int) or a != b for a, b in shapes)
+        return len(found) > 1 or any(_size(a) != _size(b) for a, b in shapes)
+
+
+def _size(n: Any) -> Any:
+    """A size without asking whether it is another, which would be a guard."""
+    return n if isinstance(n, int) else n.node.expr
 
 
 def allowed(node: fx.Node) -> bool:
