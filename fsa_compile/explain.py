@@ -185,17 +185,15 @@ def _sites(gm: fx.GraphModule) -> Iterator[Site]:
     """Sites of a graph and of the bodies of its higher-order operators (checkpointed regions, loops)."""
     from .lowering import recognise  # imports sympy
 
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            graph, reasons = recognise.preview(module.graph)
-            for node in graph.nodes:
-                name = _function(node)
-                if name.startswith("fsa::"):
-                    yield _nsa_site(node, name)
-                elif name in _DENSE or (name in _SOFTMAX and _feeds_matmul(node)):
-                    shown = name if name in _DENSE else "softmax, then matmul"
-                    reason = reasons.get(node, _NOT_NSA)
-                    yield Site(shown, False, None, reason=reason, where=where_of(node))
+    for graph, reasons in recognise.preview(gm):
+        for node in graph.nodes:
+            name = _function(node)
+            if name.startswith("fsa::"):
+                yield _nsa_site(node, name)
+            elif name in _DENSE or (name in _SOFTMAX and _feeds_matmul(node)):
+                shown = name if name in _DENSE else "softmax, then matmul"
+                reason = reasons.get(node, _NOT_NSA)
+                yield Site(shown, False, None, reason=reason, where=where_of(node))
 
 
 def _function(node: fx.Node) -> str:

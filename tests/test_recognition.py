@@ -127,9 +127,9 @@ def test_positive(name: str, training: bool) -> None:
 @some(POSITIVES, by_default=12, slow=3)
 def test_positive_of_dynamic_length(name: str) -> None:
     program = POSITIVES[name]
-    backend = run(program, True, (72, 100))
+    backend = run(program, True, (72, 100) if program.length <= 120 else (program.length, program.length + 32))
     assert [site.matched for site in backend.sites] == [not program.static_only] * len(backend.sites), backend.sites
-    assert program.static_only or len(backend.sites) == 1  # one compilation for both lengths
+    assert program.static_only or program.specialises or len(backend.sites) == 1  # one compilation for both lengths
 
 
 @training
@@ -143,7 +143,7 @@ def test_near_miss(name: str, training: bool) -> None:
     for site in backend.sites:
         assert re.search("|".join(map(re.escape, program.reason.split("|"))), site.reason), site.reason
         assert site.where is not None
-        assert "near_misses.py" in site.where
+        assert f"{program.fn.__module__.split('.')[-1]}.py" in site.where
 
 
 @some(NEAR_MISSES, by_default=24, slow=6)
@@ -351,31 +351,3 @@ def test_switched_off_nothing_is_looked_at() -> None:
         assert not sites
     fsa_compile.enable()
     assert _inductor.slot_passes(_inductor.PRE_GRAD_SLOT) == (lowering.PRE_GRAD_PASS,)
-
-
-@pytest.mark.slow
-def test_the_slot_is_shared() -> None:
-    class Other(_inductor.CustomGraphPass):
-        calls = 0
-
-        def __call__(self, graph: fx.Graph) -> None:
-            Other.calls += 1
-
-        def uuid(self) -> str:
-            return "other"
-
-    setattr(config, _inductor.PRE_GRAD_SLOT, Other())
-    fsa_compile.enable()
-    x = make_inputs(Program("", block_attention), 72, requires_grad=False)
-    with config.patch(force_disable_caches=True), lowering.collect_sites() as sites:
-        torch.compile(block_attention, fullgraph=True)(*x)
-    assert Other.calls == 1
-    assert any(site.matched for site in sites)
-
-
-@pytest.mark.slow
-def test_a_replaced_slot_is_reported() -> None:
-    x = make_inputs(Program("", block_attention), 72, requires_grad=False)
-    compiled = torch.compile(block_attention, fullgraph=True, options={_inductor.PRE_GRAD_SLOT: lambda graph: None})
-    with config.patch(force_disable_caches=True), pytest.warns(UserWarning, match="is not recognised"):
-        compiled(*x)

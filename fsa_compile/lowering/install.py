@@ -74,7 +74,11 @@ class FsaPass(_inductor.CustomGraphPass):
 class PreGradPass(_inductor.CustomGraphPass):
     """The pass that recognises plain PyTorch, before autograd; one object per process."""
 
+    def __init__(self) -> None:
+        self.is_met = False  # since the joint-graph pass last looked: another's pass may call this one
+
     def __call__(self, graph: torch.fx.Graph) -> None:
+        self.is_met = True
         if is_recognising():
             recognise_graph(graph)
 
@@ -211,7 +215,8 @@ def warn_if_replaced(op: str) -> None:
 def _warn_if_not_recognising() -> None:
     """Say, once, that something took the pre-grad pass's place."""
     slot = _inductor.PRE_GRAD_SLOT
-    if not is_recognising() or in_slot(slot):
+    is_met, PRE_GRAD_PASS.is_met = PRE_GRAD_PASS.is_met, False
+    if not is_recognising() or is_met or in_slot(slot):
         return
     found = ", ".join(type(p).__name__ for p in _inductor.slot_passes(slot)) or "None"
     if f"{slot} {found}" in _warned:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["Site", "collect_sites", "report"]
+__all__ = ["Site", "collect_sites", "report", "retract"]
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,9 @@ def report(site: Site) -> None:
     """Tell whoever collects."""
     for sites in _collectors:
         sites.append(site)
+
+
+def retract(site: Site) -> None:
+    """Take back what was told of a site that is looked at once more."""
+    for sites in _collectors:
+        sites[:] = [one for one in sites if one is not site]

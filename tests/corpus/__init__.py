@@ -31,6 +31,7 @@ class Program:
     group: int = 2
     reason: str = ""  # of a near miss: what the site says
     static_only: bool = False  # left alone where lengths are dynamic
+    specialises: bool = False  # torch itself compiles it for each length
     length: int = 72  # not a multiple of BLOCK
     empty_rows: bool = True  # its inputs have rows that see nothing
     selects: bool = False  # its ids become `select_blocks`
@@ -90,6 +91,9 @@ from . import (  # noqa: E402
     indexer_near_misses,  # noqa: F401
     indexer_positives,  # noqa: F401
     near_misses,  # noqa: F401
+    padded,  # noqa: F401
+    pooled,  # noqa: F401
     positives,  # noqa: F401
     probability_positives,  # noqa: F401
+    written,  # noqa: F401
 )

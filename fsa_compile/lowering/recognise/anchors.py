@@ -6,22 +6,25 @@ Nothing here may break a user's model or change its meaning: what is not underst
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..sites import Site, report
+from ..sites import Site, report, retract
 from ..switch import is_recognising
 from ..where import where_of
 from . import lookups, values  # their rules register themselves
 from .build import Builder
+from .checkpoints import BodyOf, bodies, with_what_is_outside
 from .evaluate import Evaluator, NotUnderstood
 from .prove import prove
-from .region import BLOCKWISE, Graph, Region, function_name, guard_equal, tensor, trace
+from .region import BLOCKWISE, WRITTEN, Graph, Region, guard_equal, trace
 from .rewrite import rewrite
 from .scores import Pieces, of_call, of_term
+from .writes import function_name, tensor
 
 __all__ = ["preview", "recognise_graph"]
 
@@ -37,42 +40,94 @@ _BETWEEN = frozenset(
 )
 _HOPS = 6
 _Refused = dict[frozenset[fx.Node], str]  # why, by where a mask compares positions
+# What was said of a call or softmax, and whether it was seen with what its checkpointed function is given.
+_told: weakref.WeakKeyDictionary[fx.Graph, dict[fx.Node, tuple[Site, bool]]] = weakref.WeakKeyDictionary()
 
 
 def recognise_graph(graph: fx.Graph) -> list[Site]:
-    """Replace the attention of `graph` that is provably selected attention, and say what became of each."""
+    """Replace the attention of `graph` that is provably selected attention, and say what became of each.
+
+    Checkpointed functions in it, whose graphs the compiler shows on their own too, are looked into with what they are
+    given; what was said of them without it is taken back.
+    """
     sites = []
-    for _, site in _recognised(graph):
+    for where, source, site in _recognised(graph, _attribute, {}, {}):
+        told = _told.setdefault(where, {})
+        before, with_inputs = told.get(source, (None, False))
+        if where is graph and with_inputs:
+            continue
+        if before is not None:
+            retract(before)
+        told[source] = site, where is not graph
         log.info("%s", site)
         report(site)
         sites.append(site)
     return sites
 
 
-def preview(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, str]]:
-    """A copy of the graph as the pass would leave it, and why each call or softmax that is left was left."""
-    new = fx.Graph()
-    new.output(new.graph_copy(graph, {}))
-    if not is_recognising():
-        return new, {}
-    return new, {source: site.reason for source, site in _recognised(new) if not site.matched}
+def preview(module: fx.GraphModule) -> Iterator[tuple[fx.Graph, dict[fx.Node, str]]]:
+    """Copies of a module's graphs as the pass would leave them, and why each call or softmax that is left was left."""
+    graphs: dict[str, fx.Graph] = {}
+    for path, one in module.named_modules():
+        if isinstance(one, fx.GraphModule):
+            graphs[path] = fx.Graph(one)
+            graphs[path].output(graphs[path].graph_copy(one.graph, {}))
+    paths = {graph: path for path, graph in graphs.items()}
+    reasons: dict[fx.Node, str] = {}
+    for graph in graphs.values() if is_recognising() else ():
+        for _, source, site in _recognised(
+            graph, lambda of, name: graphs.get(f"{paths[of]}.{name}".strip(".")), {}, {}
+        ):
+            if not site.matched:
+                reasons.setdefault(source, site.reason)
+    for graph in graphs.values():
+        yield graph, reasons
 
 
-def _recognised(graph: fx.Graph) -> Iterator[tuple[fx.Node, Site]]:
+def _attribute(graph: fx.Graph, name: str) -> fx.Graph | None:
+    found = getattr(graph.owning_module, name, None)
+    return found.graph if isinstance(found, fx.GraphModule) else None
+
+
+def _recognised(
+    graph: fx.Graph, body_of: BodyOf, originals: Mapping[fx.Node, fx.Node], refused: _Refused
+) -> Iterator[tuple[fx.Graph, fx.Node, Site]]:
+    """Sites, each with its graph and its call or softmax.
+
+    Args:
+        graph: what is looked at.
+        body_of: finds the graphs of checkpointed functions.
+        originals: of nodes that were copied into it.
+        refused: what was found already.
+    """
     state: Graph | None = None
-    refused: _Refused = {}
     for anchor, kind, source in list(_anchors(graph)):
         matched, reason = False, ""
         try:
             state = Graph(graph) if state is None else state
-            reason = _replace(state, anchor, kind, refused)
+            reason = _replace(state, anchor, kind, refused, originals)
             matched, state = True, None
         except NotUnderstood as why:
             reason = str(why)
         except Exception as error:
             log.warning("%s stays as it is: %s: %s", kind, type(error).__name__, error, exc_info=True)
             reason = f"could not be looked into: {type(error).__name__}: {error}"
-        yield source, Site(kind, matched, None, reason=reason, where=where_of(source))
+        yield graph, source, Site(kind, matched, None, reason=reason, where=where_of(source))
+    for call, body in bodies(graph, body_of):
+        if not any(True for _ in _anchors(body)):
+            continue
+        try:
+            state = Graph(graph) if state is None else state
+            with with_what_is_outside(state, call, body) as copied:
+                found = list(_recognised(body, body_of, copied, refused)) if copied else []
+        except NotUnderstood as why:
+            log.debug("what a checkpointed function is given is not looked into: %s", why)
+        except Exception as error:
+            log.warning("a checkpointed function stays as it is: %s", error, exc_info=True)
+        else:
+            if any(site.matched for _, _, site in found) and body.owning_module is not None:
+                body.owning_module.recompile()
+            yield from found
 
 
 def _anchors(graph: fx.Graph) -> Iterator[tuple[fx.Node, str, fx.Node]]:
@@ -105,15 +160,16 @@ def _products(softmax: fx.Node) -> Iterator[fx.Node]:
         frontier = following
 
 
-def _replace(graph: Graph, anchor: fx.Node, kind: str, refused: _Refused) -> str:
+def _replace(graph: Graph, anchor: fx.Node, kind: str, refused: _Refused, originals: Mapping[fx.Node, fx.Node]) -> str:
     """Replace one anchor; raises `NotUnderstood` where it stays."""
     call = _bound_call(anchor) if kind == _CALL else None
     region = graph.region(anchor)
     compared: frozenset[fx.Node] | None = None
     if not region.names() & BLOCKWISE:
-        compared = region.horizons()
+        compared = frozenset(originals.get(node, node) for node in region.horizons())
         if not region.may_be_a_band():
-            raise NotUnderstood("dense attention, not NSA: nothing in its mask is made of block ids, nor is it a band")
+            dense = "dense attention, not NSA: nothing in its mask is made of block ids, nor is it a band"
+            raise NotUnderstood(WRITTEN if region.is_cut else dense)
         if compared in refused:  # the same mask, in every layer of a dense model
             raise NotUnderstood(refused[compared])
     fake_mode = getattr(tensor(anchor), "fake_mode", None)

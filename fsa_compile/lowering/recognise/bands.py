@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from .evaluate import NotUnderstood
 from .index import Div, Poly, Var, is_nonneg, variables
-from .selection import is_implied, why
-from .terms import At, NonNeg, Term, conjuncts, free
+from .selection import is_implied, left_padding, why
+from .terms import Apply, At, Int, NonNeg, Term, all_of, conjuncts, free
 
 __all__ = ["Band", "Horizon", "band", "horizons"]
 
@@ -34,11 +34,18 @@ class Band:
 
     horizon: Horizon
     window: int | None
+    padding: At | None = None  # how many keys at the beginning nobody sees, in each sequence
 
     @property
     def never_empty(self) -> bool:
         """Whether each query sees a key: the first one, or its own."""
-        return is_nonneg(self.nearest)
+        return self.padding is None and is_nonneg(self.nearest)
+
+    @property
+    def sees(self) -> Term:
+        """Whether a query sees a key: if it does any, then the newest."""
+        newest = NonNeg(self.nearest)
+        return newest if self.padding is None else all_of(newest, Apply("ge", (Int(self.nearest), self.padding)))
 
     @property
     def nearest(self) -> Poly:
@@ -61,7 +68,7 @@ def horizons(visible: Term, key: Var, axes: Iterable[Var]) -> list[Horizon]:
                 found.append(Horizon(x, reach, stride))
     if not found:
         given = any(isinstance(part, At) and key in free(part) for part in conjuncts(visible))
-        hint = "; a part of it is an input, such as one made outside of a checkpointed function" if given else ""
+        hint = "; a part of it is an input, of which nothing is known" if given else ""
         raise NotUnderstood(f"its mask is not causal token by token (key <= query){hint}")
     return found
 
@@ -85,9 +92,12 @@ def band(visible: Term, key: Var, horizon: Horizon) -> Band | None:
         left = [part for part in left if not is_implied(part, Poly.of(key), position)]
         if not left:
             raise NotUnderstood("its mask is only causal: dense attention")
-        windows = [_window(part, edge) for part in left]
+        padding = [at for at in (left_padding(part, key) for part in left) if at is not None]
+        windows = [_window(part, edge) for part in left if left_padding(part, key) is None]
         sizes = [n for n in windows if n is not None]
-        return Band(horizon, min(sizes)) if len(sizes) == len(windows) else None
+        if not sizes or len(sizes) < len(windows) or len(padding) > 1:
+            return None
+        return Band(horizon, min(sizes), padding[0] if padding else None)
     if left:
         raise NotUnderstood(f"its mask of compressed keys also hides them otherwise ({why(left[0], key)})")
     return Band(horizon, None)

@@ -75,7 +75,12 @@ class Builder:
                 raise NotUnderstood("it holds a constant tensor")
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 raise NotUnderstood("one of its operands is random")
-            args, kwargs = (fx.node.map_arg(x, self.inline) for x in (node.args, node.kwargs))
+            args: Any = fx.node.map_arg(node.args, self.inline)
+            kwargs: Any = fx.node.map_arg(node.kwargs, self.inline)
+            if node.target is torch.ops.aten.copy.default:  # which has no derivative
+                given = self.make(torch.Tensor.to, args[1], self.fake(args[0]).dtype)
+                self.inlined[node] = self.make(torch.Tensor.expand_as, given, args[0])
+                return self.inlined[node]
             self.inlined[node] = self.make(node.target, *args, **kwargs)  # type: ignore[arg-type]
         return self.inlined[node]
 

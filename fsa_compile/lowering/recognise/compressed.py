@@ -13,7 +13,7 @@ from .evaluate import NotUnderstood
 from .index import Poly, is_nonneg
 from .region import guard_not_empty
 
-__all__ = ["Windows", "windows"]
+__all__ = ["Windows", "complete", "windows"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,12 @@ def windows(horizon: Horizon, given: Poly) -> Windows:
     kernel = 1 - dict(reach.terms).get((), 0)  # queries stand where their number says, if that is a window
     if kernel < stride or kernel % stride:
         kernel = stride
-    length, seen = queries + reach + (kernel - 1), (queries + reach - 1) // stride + 1
+    return complete(kernel, stride, queries + reach + (kernel - 1), given)
+
+
+def complete(kernel: int, stride: int, length: Poly, given: Poly) -> Windows:
+    """The windows that are complete in a sequence of `length`; raises `NotUnderstood` if fewer are given."""
+    seen = (length - kernel) // stride + 1
     if not is_nonneg(length) or (seen != given and not (is_nonneg(seen - 1) and is_nonneg(given - seen))):
         raise NotUnderstood(f"it has {given} compressed keys, where the last query sees {seen}")
     return Windows(kernel, stride, length, seen, given)

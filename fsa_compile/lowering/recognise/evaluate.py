@@ -7,6 +7,7 @@ Nodes that only move elements are looked through; of the others, those that mask
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -116,8 +117,12 @@ class Evaluator:
         moved = self.moved(node, index)
         if moved is not None:
             return self.value(*moved)
+        args, kwargs = node.args, node.kwargs
+        if node.target is operator.getitem:  # of what gives several tensors
+            source: Any = node.args[0]
+            name, args, kwargs = f"{source.target}[{node.args[1]}]", source.args, source.kwargs
         if name in VALUES:
-            found = VALUES[name](self, node, index, *node.args, **node.kwargs)
+            found = VALUES[name](self, node, index, *args, **kwargs)
             if found is not None:
                 return found
         return At(node, index)
@@ -341,6 +346,12 @@ def _select(ev: Evaluator, index: Index, x: fx.Node, dim: int, i: Any) -> tuple[
     if is_nonneg(at * -1 - 1):
         at = at + shape[dim]
     return x, (*index[:dim], at, *index[dim:])
+
+
+@move("unfold.default")
+def _unfold(ev: Evaluator, index: Index, x: fx.Node, dim: int, size: int, step: int) -> tuple[fx.Node, Index]:
+    dim = axis_of(len(index) - 1, dim)
+    return x, with_axis(index[:-1], dim, index[dim] * ev.size(step) + index[-1])
 
 
 @move("flip.default")

@@ -85,8 +85,7 @@ def block_indices(
     if not _distinct(b, selection, lists) and b.shape(ids)[-1] != 1:
         # A block counts once in a mask, however often it is listed.
         ids = b.make(operator.getitem, b.make(torch.sort, ids, -1), 0)
-        first, later = (b.make(operator.getitem, ids, (..., part)) for part in (slice(None, 1), slice(1, None)))
-        before = b.make(operator.getitem, ids, (..., slice(None, -1)))
+        first, later, before = (b.make(torch.ops.aten.slice.Tensor, ids, -1, *part) for part in ((0, 1), (1,), (0, -1)))
         later = b.make(torch.where, b.make(torch.eq, later, before), -1, later)
         ids = b.make(torch.cat, [first, later], -1)
     return b.make(torch.Tensor.to, ids, torch.int32), b.make(torch.any, seen, -1)

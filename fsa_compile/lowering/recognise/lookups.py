@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,56 @@ def _sum_dim(
     body = ev.value(x, inner)
     if is_truth(body):
         body = apply("truth", body)
-    return Reduce("sum", names[0], body) if len(names) == 1 else None
+    if len(names) > 1 and not is_float(node):
+        return None
+    for name in names:
+        body = Reduce("sum", name, body)
+    return body
+
+
+@value("mean.dim")
+def _mean(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, dim: Any, keepdim: bool = False, **_: Any) -> Any:
+    names, inner = _reduced(ev, x, index, dim, keepdim, "mean")
+    count, body = 1, ev.value(x, inner)
+    for name in names:
+        count, body = count * (name.size.constant or 0), Reduce("sum", name, body)
+    return apply("mul", body, Const(1 / count)) if count else None
+
+
+def _of_windows(
+    ev: Evaluator, x: fx.Node, index: Index, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    outside: float,
+) -> tuple[Term, Var] | None:  # fmt: skip
+    """The element of a window along the last axis, and the variable that counts the window's."""
+    stride = stride or kernel
+    if len(kernel) != 2 or kernel[0] != 1 or stride[0] != 1 or padding[0] != 0:
+        return None
+    var, size = ev.var("u", Poly.of(kernel[1])), ev.shape(x)[-1]
+    place, inner = index[-1] * stride[1] + Poly.of(var) - padding[1], ev.var("y", size)
+    element = replaced(ev.value(x, (*index[:-1], Poly.of(inner))), {inner: place})
+    return where(all_of(nonneg(place), nonneg(size - 1 - place)), element, Const(outside)), var
+
+
+@value("avg_pool2d.default")
+def _avg_pool(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, kernel: Any, stride: Any = (), padding: Any = (0, 0),
+    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None,
+) -> Term | None:  # fmt: skip
+    if ceil_mode or divisor_override is not None or not (count_include_pad or set(padding) == {0}):
+        return None
+    found = _of_windows(ev, x, index, kernel, stride, padding, 0.0)
+    return None if found is None else apply("mul", Reduce("sum", found[1], found[0]), Const(1 / kernel[1]))
+
+
+@value("max_pool2d_with_indices.default[0]")
+def _max_pool(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, kernel: Any, stride: Any = (), padding: Any = (0, 0),
+    dilation: Any = (1, 1), ceil_mode: bool = False,
+) -> Term | None:  # fmt: skip
+    if set(dilation) != {1}:
+        return None
+    found = _of_windows(ev, x, index, kernel, stride, padding, -math.inf)
+    return None if found is None else reduced("max", found[1], found[0])
 
 
 @value("amax.default")
@@ -304,3 +354,44 @@ def _clamp(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, low: Any = No
     if isinstance(low, int) and low >= 0 and not is_float(node):
         return apply("clamped", At(node, index))
     return None
+
+
+@value("slice_scatter.default")
+def _slice_scatter(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, src: fx.Node, dim: int = 0, start: Any = None,
+    end: Any = None, step: Any = 1,
+) -> Term | None:  # fmt: skip
+    """What is written to a slice, as `x[:, 2:] = y` does."""
+    dim = axis_of(len(index), dim)
+    size, given = ev.shape(x)[dim], ev.shape(src)[dim]
+    first = Poly.of(0) if start is None else ev.size(start)
+    if is_nonneg(first * -1 - 1):
+        first = first + size
+    if step != 1 or not is_nonneg(first) or not is_nonneg(size - first - given):
+        return None
+    return _over(ev, node, index, x, src, dim, first, given)
+
+
+@value("select_scatter.default")
+def _select_scatter(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, src: fx.Node, dim: int, at: Any
+) -> Term | None:
+    dim, size = axis_of(len(index), dim), ev.shape(x)[axis_of(len(index), dim)]
+    first = ev.size(at)
+    if is_nonneg(first * -1 - 1):
+        first = first + size
+    if not is_nonneg(first) or not is_nonneg(size - 1 - first):
+        return None
+    old, new = ev.value(x, index), ev.value(src, (*index[:dim], *index[dim + 1 :]))
+    return choice(ev, node, equal(Int(index[dim]), Int(first)), new, old)
+
+
+def _over(
+    ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, src: fx.Node, dim: int, first: Poly, given: Poly
+) -> Term | None:
+    """`src` laid over `x` from `first` on; outside of it the index in `src` has no meaning and is not taken."""
+    var = ev.var("y", given)
+    place = index[dim] - first
+    inside = all_of(nonneg(place), nonneg(given - 1 - place))
+    new = replaced(ev.value(src, with_axis(index, dim, Poly.of(var))), {var: place})
+    return choice(ev, node, inside, new, ev.value(x, index))

@@ -17,9 +17,10 @@ from .build import Builder
 from .evaluate import NotUnderstood
 from .index import Poly, Var, is_nonneg, variables
 from .prove import Roles
-from .region import Graph, Region, function_name, tensor, trace
+from .region import Graph, Region, trace
 from .selection import Listed
 from .terms import TRUE, Const, Int, Term, replaced
+from .writes import function_name, tensor
 
 __all__ = ["FORCED", "HIDDEN", "Positions", "Ranked", "rank", "top_of"]
 
@@ -50,7 +51,7 @@ def rank(graph: Graph, b: Builder, roles: Roles, block_size: int, one: Listed) -
     top = follow.top
     scores, number, dim = _arguments(top)
     dim = dim % len(one.ids.index)
-    region = graph.region(top)
+    region = graph.region(top, pooling=True)
     traced = trace(Region(region.nodes[:-1], region.inputs, region.autocast), [scores], b.fake_mode)
     (output,) = (n for n in traced.graph.nodes if n.op == "output")
     of: Any = output.args[0]

@@ -6,7 +6,6 @@ order; a tensor from outside must not be written to between its use in there and
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,17 +16,17 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .evaluate import NotUnderstood
+from .writes import function_name, storage_of, tensor, written
 
 __all__ = [
     "BLOCKWISE",
+    "WRITTEN",
     "Graph",
     "Region",
-    "function_name",
+    "allowed",
     "guard_equal",
     "guard_not_empty",
-    "tensor",
     "trace",
-    "written",
 ]
 
 # By name, whether a function, a method or an operator. Products of two tensors are left out but for the attention's
@@ -37,6 +36,7 @@ _MOVES = """
     unsqueeze squeeze flatten unflatten contiguous clone repeat tile repeat_interleave getitem narrow select
     flip roll index_select gather take_along_dim unbind split chunk tensor_split cat concat stack hstack pad diff
     rearrange broadcast_to adjoint getattr __getitem__ dropout
+    slice alias index lift_fresh_copy
 """
 _MAKES = """
     zeros ones full empty arange zeros_like ones_like full_like new_zeros new_ones new_full tensor scalar_tensor
@@ -56,8 +56,9 @@ _WRITES = """
     index_fill_ setitem fill_ zero_ masked_fill_ logical_and_ logical_or_ logical_not_ bitwise_and_ bitwise_or_
     iand ior mul_ div_ add_ sub_ imul iadd isub itruediv tril_ triu_ copy_ __iand__ __ior__
 """
-_ATTENTION = "softmax matmul bmm baddbmm einsum __matmul__ __rmatmul__"
-_ALLOWED = frozenset(" ".join((_MOVES, _MAKES, _POINTWISE, _REDUCES, _WRITES, _ATTENTION)).split())
+_ATTENTION = frozenset("softmax matmul bmm baddbmm einsum __matmul__ __rmatmul__".split())
+_ALLOWED = frozenset(" ".join((_MOVES, _MAKES, _POINTWISE, _REDUCES, _WRITES)).split()) | _ATTENTION
+_POOLS = frozenset("unfold mean avg_pool1d avg_pool2d max_pool1d max_pool2d".split())
 _FLOAT_PRODUCTS = frozenset(("mul", "multiply", "__mul__", "__rmul__", "truediv", "div", "divide", "__truediv__"))
 # One of these has to be there for a mask to be made of block ids.
 BLOCKWISE = frozenset(
@@ -65,64 +66,12 @@ BLOCKWISE = frozenset(
     "isin amax max sum".split()
 )
 _HORIZONS = frozenset("lt le gt ge less less_equal greater greater_equal tril triu abs".split())
-_IN_PLACE_OPERATORS = frozenset(
-    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul setitem".split()
-)
 _NAMED: dict[str, Callable[..., Any]] = {
     "ior": lambda a, b: a.copy_(torch.bitwise_or(a, b)),
     "iand": lambda a, b: a.copy_(torch.bitwise_and(a, b)),
 }
 _MOST_NODES = 400
-
-
-def function_name(node: fx.Node) -> str:
-    """The name of what a node calls, without its namespace; empty if it calls nothing."""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op != "call_function":
-        return ""
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name).split("::")[-1]
-    return str(getattr(target, "__name__", target))
-
-
-def tensor(node: Any) -> torch.Tensor | None:
-    """What the node gave while it was captured, if that is one tensor."""
-    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _storage(node: Any) -> int | None:
-    found = tensor(node)
-    return None if found is None else found.untyped_storage()._cdata
-
-
-def written(node: fx.Node) -> list[Any]:
-    """The arguments that a node writes to."""
-    name = function_name(node)
-    if not name or (node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)):
-        return [n for n in node.all_input_nodes if "mutation" in name]
-    found: list[Any] = [node.kwargs["out"]] if isinstance(node.kwargs.get("out"), fx.Node) else []
-    schema = getattr(node.target, "_schema", None)
-    if schema is None and isinstance(node.target, torch._ops.OpOverloadPacket):
-        schema = getattr(node.target, "default", None) and node.target.default._schema
-    if schema is not None:
-        return [
-            node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
-            for i, a in enumerate(schema.arguments)
-            if a.alias_info is not None and a.alias_info.is_write
-        ]
-    dunder = name.startswith("__") and name.endswith("__")
-    in_place = name.endswith("_") and not dunder and not (node.op == "call_function" and _is_operator(node.target))
-    in_place = in_place or node.kwargs.get("inplace") is True or (dunder and name[2:-2] in _IN_PLACE_OPERATORS)
-    if in_place or (name in _IN_PLACE_OPERATORS and _is_operator(node.target)):
-        found.append(node.args[0] if node.args else None)
-    return found
-
-
-def _is_operator(target: Any) -> bool:
-    return getattr(operator, getattr(target, "__name__", ""), None) is target  # `operator.and_` writes nothing
+WRITTEN = "a part of it is written to in place in a way that is not looked through"
 
 
 @dataclass
@@ -153,7 +102,7 @@ class Graph:
                 enter: Any = node.args[0]
                 self.autocast.append((open_.pop(enter), i, enter.args))
             for target in written(node):
-                storage = _storage(target)
+                storage = storage_of(target)
                 if storage is None:
                     self.unknown_writes.append(node)
                 else:
@@ -165,45 +114,88 @@ class Graph:
 
     def is_written(self, node: fx.Node) -> bool:
         """Whether anything writes to the tensor that a node gives."""
-        storage = _storage(node)
+        storage = storage_of(node)
         return storage is None or bool(self.writes.get(storage)) or bool(self.unknown_writes)
 
-    def region(self, anchor: fx.Node) -> Region:
-        """The region that ends in `anchor`, which comes last of its nodes."""
-        last = self.order[anchor]
+    def region(self, anchor: fx.Node, pooling: bool = False) -> Region:
+        """The region that ends in `anchor`, which comes last of its nodes.
+
+        Args:
+            anchor: its end.
+            pooling: whether what pools is looked through, up to a product or a softmax: not how keys are compressed.
+        """
+        return self._cut(anchor, [anchor], pooling)
+
+    def behind(self, call: fx.Node, operands: list[fx.Node]) -> Region:
+        """What operands of a call are made of, as they are when it is made."""
+        return self._cut(call, operands)
+
+    def _cut(self, anchor: fx.Node, roots: list[fx.Node], pooling: bool = False) -> Region:
+        last, outside = self.order[anchor], roots != [anchor]
         if any(self.order[node] < last for node in self.unknown_writes):
             raise NotUnderstood("something before it writes to a tensor that cannot be told")
         inside: set[fx.Node] = set()
-        pending, around = [anchor], self._autocast_around(anchor)
+        cut = False
+        pending, around = [(node, pooling) for node in roots], self._autocast_around(anchor)
         while pending:
-            node = pending.pop()
-            if node in inside or (node is not anchor and not _is_allowed(node)):
+            node, pools = pending.pop()
+            pools = pools and function_name(node) not in _ATTENTION
+            if node in inside or (node is not anchor and not allowed(node) and not (pools and _pools(node))):
                 continue
             if self.grad_modes[node] != self.grad_modes[anchor] and _needs_grad(node):
                 continue  # made again at the anchor, it would have a gradient
+            if outside and getattr(tensor(node), "requires_grad", False):
+                continue
             if self._autocast_around(node) != around:
                 continue
+            touched = {storage_of(node), *map(storage_of, written(node))} - {None}
+            if node is not anchor and any(
+                self.order[w] < last and not self._is_clear(w, around)
+                for storage in touched
+                for w in self.writes.get(storage, ())  # type: ignore[arg-type]
+            ):
+                cut = cut or not _needs_grad(node)
+                continue  # as it is after the write
             inside.add(node)
             if len(inside) > _MOST_NODES:
                 raise NotUnderstood("the computation around it is too large to be looked into")
-            pending += node.all_input_nodes
-            for storage in {_storage(node), *map(_storage, written(node))} - {None}:
-                pending += [w for w in self.writes.get(storage, ()) if self.order[w] < last]  # type: ignore[arg-type]
+            pending += [(x, pools) for x in node.all_input_nodes]
+            for storage in touched:
+                pending += [
+                    (w, pools)
+                    for w in self.writes.get(storage, ())  # type: ignore[arg-type]
+                    if self.order[w] < last
+                ]
         nodes = sorted(inside, key=self.order.__getitem__)
+        self._refuse_other_writes(nodes, last)
         inputs: dict[fx.Node, None] = {}
         first_use: dict[int, int] = {}
         for node in nodes:
             for source in node.all_input_nodes:
                 if source not in inside:
                     inputs[source] = None
-                    storage = _storage(source)
+                    storage = storage_of(source)
                     if storage is not None:
                         first_use.setdefault(storage, self.order[node])
         for storage, use in first_use.items():
             if any(use <= self.order[w] < last for w in self.writes.get(storage, ())):
                 raise NotUnderstood("one of its inputs is written to in place before it")
         context = [args for _, _, args in self._autocast_around(anchor)]
-        return Region(nodes, list(inputs), context)
+        return Region(nodes, list(inputs), context, cut)
+
+    def _is_clear(self, write: fx.Node, around: Any) -> bool:
+        """Whether a write is looked through, so that what it writes to is that of before."""
+        return allowed(write) and self._autocast_around(write) == around
+
+    def _refuse_other_writes(self, nodes: list[fx.Node], last: int) -> None:
+        """A write that was left out would be forgotten, but where it comes before all that is looked at."""
+        inside, seen = set(nodes), set[int | None]()
+        for node in nodes:
+            for storage in {storage_of(node), *map(storage_of, written(node))} - seen:
+                seen.add(storage)
+                writes = self.writes.get(storage, ()) if storage is not None else ()
+                if any(self.order[node] < self.order[w] < last and w not in inside for w in writes):
+                    raise NotUnderstood(WRITTEN)
 
 
 @dataclass
@@ -213,6 +205,7 @@ class Region:
     nodes: list[fx.Node]
     inputs: list[fx.Node]
     autocast: list[tuple[Any, ...]]
+    is_cut: bool = False  # a mask, as it seems, ends where something writes to it that is not looked through
 
     def names(self) -> set[str]:
         return {function_name(node) for node in self.nodes}
@@ -231,13 +224,21 @@ class Region:
         """Whether its mask may be more than causal: cheap, as it is asked of every attention."""
         found = self.horizons()
         shapes = [x.shape[-2:] for x in map(tensor, found) if x is not None and x.dim() >= 2]
-        return len(found) > 1 or any(not isinstance(a, int) or not isinstance(b, int) or a != b for a, b in shapes)
+        return len(found) > 1 or any(_size(a) != _size(b) for a, b in shapes)
 
 
-def _is_allowed(node: fx.Node) -> bool:
+def _size(n: Any) -> Any:
+    """A size without asking whether it is another, which would be a guard."""
+    return n if isinstance(n, int) else n.node.expr
+
+
+def allowed(node: fx.Node) -> bool:
+    """Whether a node may be looked into."""
     name = function_name(node)
     if name in ("size", "getattr") and isinstance(node.meta.get("example_value"), torch.Size):
         return True
+    if name in ("setitem", "__setitem__"):
+        return tensor(node.args[0]) is not None
     if name not in _ALLOWED or tensor(node) is None:
         # of what gives several tensors or a size, the giver is not looked into
         return False
@@ -249,6 +250,10 @@ def _is_allowed(node: fx.Node) -> bool:
     if name == "getattr":
         return node.args[1] in ("T", "mT")
     return node.op in ("call_function", "call_method")
+
+
+def _pools(node: fx.Node) -> bool:
+    return function_name(node) in _POOLS and tensor(node) is not None
 
 
 def _needs_grad(node: fx.Node) -> bool:

@@ -17,9 +17,10 @@ from .evaluate import NotUnderstood
 from .index import Var
 from .lists import block_indices, ranked
 from .prove import Proof, Roles
-from .region import Graph, tensor
+from .region import Graph
 from .selection import Listed, Selection
-from .terms import NonNeg, free
+from .terms import At, free
+from .writes import tensor
 
 __all__ = ["rewrite"]
 
@@ -117,12 +118,25 @@ def _selected(b: Builder, roles: Roles, sees: Selection, x: _Operands, graph: Gr
 def _banded(b: Builder, roles: Roles, sees: Band, x: _Operands) -> _Call:
     if sees.window is not None:
         options: dict[str, Any] = {"window_size": sees.window, "scale": roles.pieces.scale}
+        if sees.padding is not None:
+            options["leftpad_k"] = _leftpad(b, roles, sees.padding, x)
         both = b.make(torch.ops.fsa.sliding_window_attention.default, x.q, x.k, x.v, **options)
-        words = f"recognised as sliding-window attention, {sees.window} keys"
+        padded = "" if sees.padding is None else ", padded on the left"
+        words = f"recognised as sliding-window attention, {sees.window} keys{padded}"
     else:
         both, words = _compressed(b, roles, sees, x)
-    order = (None, roles.query, None)
-    return _Call(both, None if sees.never_empty else b.truth(NonNeg(sees.nearest), order), words)
+    order = (roles.batch, roles.query, None)
+    return _Call(both, None if sees.never_empty else b.truth(sees.sees, order), words)
+
+
+def _leftpad(b: Builder, roles: Roles, padding: At, x: _Operands) -> fx.Node:
+    """How many keys of each sequence are padding, [batch]: none if it is negative, and all at most."""
+    count = b.make(torch.flatten, b.laid_out(padding, (roles.batch,)))
+    count = b.make(torch.clamp, b.make(torch.Tensor.to, count, torch.int64), 0, b.length(roles.pieces.key.size))
+    batch = b.make(torch.Tensor.size, x.q, 0) if roles.batch is None else b.length(roles.batch.size)
+    return b.make(
+        torch.Tensor.contiguous, b.make(torch.Tensor.expand, b.make(torch.Tensor.to, count, torch.int32), batch)
+    )
 
 
 def _compressed(b: Builder, roles: Roles, sees: Band, x: _Operands) -> tuple[fx.Node, str]:

@@ -11,15 +11,16 @@ from torch import fx
 
 from .bands import band, horizons
 from .build import Builder
-from .compressed import Windows, windows
+from .compressed import Windows, complete
 from .evaluate import NotUnderstood
 from .index import Poly, Var
+from .pools import pooled
 from .prove import Roles
 from .ranking import FORCED, HIDDEN, Positions, Ranked
-from .region import written
 from .scores import Scores, factor
 from .selection import Listed, is_implied
-from .terms import FALSE, TRUE, Apply, At, Reduce, Softmax, Term, conjuncts, free, replaced
+from .terms import FALSE, TRUE, Apply, At, Const, Int, Reduce, Term, conjuncts, free, replaced
+from .writes import written
 
 __all__ = ["select"]
 
@@ -37,7 +38,8 @@ class _Scores:
     inner: Var
     scale: float
     summed: Var | None  # heads of a group, whose probabilities are added up
-    windows: Windows | None  # of compressed keys that the probabilities are of; None: the largest product of a token
+    windows: Windows | None  # of compressed keys that the probabilities are of; None: products of single tokens
+    pool: str = "max"
 
 
 def select(found: Ranked, b: Builder, outer: Builder, roles: Roles, block_size: int, one: Listed) -> fx.Node:
@@ -61,7 +63,7 @@ def select(found: Ranked, b: Builder, outer: Builder, roles: Roles, block_size: 
     forced = _forced(found, b, at)
     if forced.init + forced.local > found.number:
         raise NotUnderstood("more blocks are forced than are selected")
-    x = _pooled(forced, found.block, b, at, roles) or _probabilities(forced, found.block, b, at, roles)
+    x = _pooled(forced, found.block, b, at, roles) or _probabilities(found.score, forced, found.block, b, at, roles)
     group = roles.group if roles.group is not None and roles.group in free(one.ids) else None
     if x.summed is not None and group is not None:
         raise NotUnderstood("its block scores are sums over heads that choose for themselves")
@@ -83,7 +85,7 @@ def select(found: Ranked, b: Builder, outer: Builder, roles: Roles, block_size: 
         options.update(kernel_size=x.windows.kernel, kernel_stride=x.windows.stride)
         lse = _log_sum_exp(b, q, k, options)
     options.update(block_size=block_size, num_selected=found.number, init_blocks=forced.init, local_blocks=forced.local)
-    options["pool"] = "max" if lse is None else "overlap"
+    options["pool"] = x.pool
     ids = b.make(torch.ops.fsa.select_blocks.default, q, k, lse, **options)
     return b.make(torch.Tensor.unflatten, ids, 2, (-1, _count(group)))
 
@@ -160,6 +162,8 @@ class _Forced:
                 continue
             conditions = [replaced(x.args[0], values) for values in self.where]
             if TRUE not in conditions and FALSE not in conditions:
+                if any(one in (Const(0.0), Int(Poly.of(0))) for one in x.args[1:]):
+                    return x  # neither forced nor hidden, be it one or the other
                 raise NotUnderstood("blocks of the past are forced or hidden")
             x = x.args[1] if TRUE in conditions else x.args[2]
         return x
@@ -215,27 +219,35 @@ def _pooled(forced: _Forced, block: Var, b: Builder, at: Positions, roles: Roles
     return _Scores(q, k, key, scores.inner, scale, None, None)
 
 
-def _probabilities(forced: _Forced, block: Var, b: Builder, at: Positions, roles: Roles) -> _Scores:
-    """Probabilities of compressed keys, of which each is a block, summed over heads."""
-    x, summed = forced.score, None
-    if isinstance(x, Reduce) and x.kind == "sum":
-        summed, x = x.var, forced.decided(x.body)
-    if not isinstance(x, Softmax) or x.at != Poly.of(block):
-        raise NotUnderstood("its block scores are neither the largest of token scores nor sums of probabilities")
-    key = b.ev.var("j", x.var.size)
-    scores = Scores(replaced(x.body, {x.var: Poly.of(key)}))
+def _probabilities(score: Term, forced: _Forced, block: Var, b: Builder, at: Positions, roles: Roles) -> _Scores:
+    """Probabilities of compressed keys, summed over heads and pooled over the windows that touch a block."""
+    pool = pooled(score, block, forced.where)
+    key = b.ev.var("j", pool.softmax.var.size)
+    scores = Scores(replaced(pool.softmax.body, {pool.softmax.var: Poly.of(key)}))
     found = horizons(scores.visible, key, [roles.query])
-    if len(found) != 1 or found[0].stride != at.size or found[0].reach != at.offset - (at.size - 1):
-        raise NotUnderstood("its block scores are probabilities of other keys than whole blocks of the past")
+    kernel = (at.offset - found[0].reach + 1).constant if len(found) == 1 else None
+    stride = found[0].stride
+    if kernel is None or kernel < stride or kernel % stride or at.size % stride:
+        raise NotUnderstood(
+            f"its block scores are probabilities of other keys than windows of a multiple of {stride} tokens, which "
+            "divide the block, each seen when it is complete"
+        )
     band(scores.visible, key, found[0])
+    pool.check(scores.visible, key, at.size // stride, kernel // stride)
+    others = (kernel - 2) // at.size - forced.init - forced.local + 1  # blocks of a query before the first window's end
+    if others > 1:
+        raise NotUnderstood("before the first window is complete, a query has several blocks of one score")
+    if others == 1 and not pool.is_zero_where_empty(scores.visible, key, scores.fills):
+        raise NotUnderstood(
+            "before the first window is complete, its block scores are not 0: set probabilities that are NaN or of "
+            "hidden windows to 0"
+        )
     (q, by_q), (k, by_k) = map(factor, scores.operands)
     if key in free(q):
         q, k = k, q
-    inside = {block, x.var, key}
+    inside = {block, pool.softmax.var, key}
     scale = scores.scale * by_q * by_k
-    if inside & free(q) or key not in free(k) or {roles.query, summed} & free(k) or not scale > 0:
+    if inside & free(q) or key not in free(k) or {roles.query, pool.heads} & free(k) or not scale > 0:
         raise NotUnderstood("its probabilities are not of products of a query and a key")
-    given = windows(found[0], key.size)
-    if given.kernel != at.size or given.length != at.keys:
-        raise NotUnderstood("its block scores are probabilities of other keys than whole blocks of the past")
-    return _Scores(q, k, key, scores.inner, scale, summed, given)
+    given = complete(kernel, stride, at.keys, key.size)
+    return _Scores(q, k, key, scores.inner, scale, pool.heads, given, pool.kind)

@@ -5,15 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from .evaluate import NotUnderstood
 from .index import Div, Poly, Var, atoms_of, is_nonneg, variables
 from .scores import Pieces
 from .terms import And, Apply, At, Equal, Exists, Int, NonNeg, Not, Or, Term, all_of, conjuncts, free
 
-__all__ = ["Fixed", "Listed", "Selection", "is_implied", "selection", "why"]
+__all__ = ["Fixed", "Listed", "Selection", "is_implied", "left_padding", "selection", "why"]
 
 _MOST_FIXED = 64
 _AN_INPUT = "a mask that is an input, such as a padding mask, which the operators take as leftpad_k or seqused_k"
+
+_LEFT = (
+    "keys before a number, as left padding does: its blocks and windows are counted from the first row, those of the "
+    "operators' leftpad_k from the first key that counts"
+)
+_RIGHT = (
+    "keys from a number on, as right padding does, from queries behind it too, which the operators' seqused_k takes "
+    "for the last ones: pad on the left and pass leftpad_k, or pack the sequences and pass cu_seqlens"
+)
+_COUNTS = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ def selection(pieces: Pieces, query: Var, offset: Poly) -> Selection:
     selections = [part for part in left if _has_list(part)]
     others = [part for part in left if not _has_list(part)]
     if not selections:
-        raise NotUnderstood(f"its mask is not made of a list of block ids ({why(others[0], pieces.key)})")
+        odd = min(others, key=lambda part: (isinstance(part, NonNeg), left_padding(part, pieces.key) is not None))
+        raise NotUnderstood(f"its mask is not made of a list of block ids ({why(odd, pieces.key)})")
     if others:
         raise NotUnderstood(f"its mask also hides keys otherwise ({why(others[0], pieces.key)})")
     if len(selections) > 1:
@@ -88,12 +101,36 @@ def is_implied(part: Term, key: Poly, position: Poly) -> bool:
     return False
 
 
+def left_padding(part: Term, key: Var) -> At | None:
+    """The number of keys at the beginning that a part of a mask hides, `key >= number`, if it does."""
+    names = ("lt", "gt") if isinstance(part, Not) else ("ge", "le")
+    part = part.part if isinstance(part, Not) else part
+    if isinstance(part, Apply) and part.name in names:
+        at, limit = part.args if part.name in ("ge", "lt") else reversed(part.args)
+        if at == Int(Poly.of(key)) and isinstance(limit, At) and key not in free(limit):
+            return limit if limit.node.meta["val"].dtype in _COUNTS else None
+    return None
+
+
+def _is_right_padding(part: Term, key: Var) -> bool:
+    swapped = isinstance(part, Not)
+    part = part.part if isinstance(part, Not) else part
+    if not isinstance(part, Apply) or part.name not in ("lt", "le", "gt", "ge"):
+        return False
+    at, limit = part.args if (part.name in ("lt", "le")) != swapped else reversed(part.args)
+    return isinstance(at, Int) and key in free(at) and key not in free(limit)
+
+
 def why(part: Term, key: Var) -> str:
     """What a part of a mask looks like, in words."""
     if isinstance(part, NonNeg):
         if dict(part.poly.terms).get((key,)) == 1:
             return "keys far behind the query, as a window does"
         return "by position"
+    if left_padding(part, key) is not None:
+        return _LEFT
+    if _is_right_padding(part, key):
+        return _RIGHT
     if isinstance(part, Not):
         return "keys of listed blocks are hidden, not shown" if _has_list(part.part) else _AN_INPUT
     if isinstance(part, At):

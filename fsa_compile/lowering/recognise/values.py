@@ -117,6 +117,11 @@ def _copied(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, src: fx.Node
     return ev.operand(src, index) if dtype_of(src) == node.meta["val"].dtype else None
 
 
+@value("fill.Tensor", "fill.Scalar")
+def _filled(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, number: Any) -> Term | None:
+    return constant(node, number_of(ev.operand(number, ())))
+
+
 @value("_to_copy.default")
 def _cast(ev: Evaluator, node: fx.Node, index: Index, x: fx.Node, **kwargs: Any) -> Term | None:
     found, old, new = ev.value(x, index), dtype_of(x), node.meta["val"].dtype
