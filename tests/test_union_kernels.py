@@ -14,7 +14,7 @@ from fsa_compile.tiling import union_tokens
 
 def unions_of(block_indices: Tensor, tokens: int, *runs: Tensor | None, seq_len_k: int, block_size: int) -> list:
     """By tile and key/value head: ``{block: {token of the tile, ...}}``, read off what the kernel left."""
-    blocks, members, counts = TILE_UNIONS(
+    blocks, members, counts, _ = TILE_UNIONS(
         block_indices, *(runs or [None] * 4), seq_len_k=seq_len_k, block_size=block_size, tokens=tokens
     )
     found = []

@@ -93,13 +93,14 @@ class Pass:
     sorted_keys: Expr = field(default_factory=lambda: Integer(0))
     items: Expr | None = None  # the pass in work items as large as its largest; None: small and many
     launches: Expr | int = 1
+    kernel: str = ""  # the pass whose kernel it runs, and whose share of the matmul rate it has; "": its own
 
     def terms(self) -> dict[str, Expr]:
         """Seconds by what they are spent on; the pass takes the largest of the first three plus the others."""
         # The last item starts when the others end, at worst, and has one multiprocessor's share of the device.
         stretch = Integer(1) if self.items is None else 1 + SMs / self.items
         return {
-            "arithmetic": self.flops * stretch / (FLOPS * SHARES.get(self.name, Integer(1))),
+            "arithmetic": self.flops * stretch / (FLOPS * SHARES.get(self.kernel or self.name, Integer(1))),
             "L2": self.l2_bytes * stretch / BW_L2,
             "DRAM": self.dram_bytes * stretch / BW_dram,
             "sort": self.sorted_keys / R_sort,

@@ -5,11 +5,11 @@ A new order is a name in ``problem.LOOP_ORDERS``, an entry here, one in ``ops/se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sympy import Expr, Integer, Max, Min, ceiling
+from sympy import Expr, Integer, Max, Min, ceiling, sqrt
 
-from .expressions import DV, HK, B, C, D, E, G, M_kv, M_q, N_t, N_w, P, Pass, S, T, Tk, U, W, X, bs, tensor_bytes
+from .expressions import DV, HK, B, C, D, E, G, M_kv, M_q, N_t, N_w, P, Pass, S, T, Tk, U, W, X, a, bs, tensor_bytes
 
 # What a choice can be for. A trained forward is one whose backward follows in the same graph.
 STAGES = ("forward", "trained forward", "backward")
@@ -118,13 +118,81 @@ _UNIONS = Pass(
     "unions",
     "sort the blocks of a query tile's tokens, and keep each once with its tokens",
     dram_bytes=4 * E + 12 * _tiles * U,
+    # On chip, and the dearer the more a tile has: of 64 tokens it takes as long as the lists' entries.
+    sorted_keys=E * sqrt(N_t) / 8,
 )
-_walked = _tiles * U * bs  # keys, once for each tile
 # A block's id, the bits of its members and its addresses take as long as so many keys more, whatever its size.
 _KEYS_PER_BLOCK = 8
-_multiplied = _walked + _KEYS_PER_BLOCK * _tiles * U
+# What a tile does before and after its walk takes as long as so many blocks (an H100, G = 1 to 8: 4 to 5).
+_BLOCKS_PER_TILE = 4
 
 _SORTED = 24 * E  # bytes, while the lists are sorted
+
+
+def _walk(union: Expr, *written: Expr, name: str = "query-tile", kernel: str = "query-tile") -> Pass:
+    """Query tiles that attend to so many blocks each. ``written``: the width of dq, if that is what they write."""
+    dq = bool(written)
+    (width,) = written or (DV,)
+    keys = _tiles * union * bs
+    multiplied = keys + _tiles * (_KEYS_PER_BLOCK * union + _BLOCKS_PER_TILE * bs)
+    return Pass(
+        name,
+        "each tile of neighbouring tokens walks the union of their blocks; a token uses those that it selected",
+        flops=2 * multiplied * N_t * G * (D + DV + (D if dq else 0)),
+        l2_bytes=tensor_bytes(keys, D, DV),
+        dram_bytes=tensor_bytes(_q_rows, D, width, *([DV] if dq else []))
+        + tensor_bytes(_read_rows, D, DV)
+        + (8 if dq else 4) * _q_rows,
+        items=_tiles,
+        kernel=kernel,
+    )
+
+
+def _partials(share: Expr | int = 1, more: Expr | int = 0) -> tuple[Pass, Pass]:
+    """What meets its key blocks, and their merge: a share of the entries, and ``more`` partials a row."""
+    rows, partials = share * E * G + W * M_kv / 2, share * P
+    merged = partials + more * _q_rows
+    return (
+        Pass(
+            "KV-outer partials",
+            "each K/V block meets the queries that selected it: gather q rows, write a partial and statistics for each",
+            flops=2 * rows * bs * (D + DV),
+            l2_bytes=tensor_bytes(W * bs, D, DV) + tensor_bytes(partials, D, DV),
+            dram_bytes=tensor_bytes(partials, D, DV) + tensor_bytes(_read_rows, D, DV) + 4 * partials + 8 * share * E,
+            items=_items_kv / _of_dv[1],
+        ),
+        Pass(
+            "merge",
+            "weigh a token's partials by their log-sum-exp and add",
+            dram_bytes=tensor_bytes(merged, DV) + 4 * merged + tensor_bytes(_q_rows, DV) + 4 * _q_rows,
+        ),
+    )
+
+
+_KV_OUTER_BACKWARD = (
+    _DELTA,
+    _LISTS,
+    Pass(
+        "KV-outer dq dk dv",
+        "s, dp, dv, dk as for nsa, and dq = ds k as one partial per entry",
+        flops=2 * _kv_rows * bs * (3 * D + 2 * DV),
+        l2_bytes=tensor_bytes(W * bs, D, DV) + tensor_bytes(P, D, DV, D),
+        dram_bytes=tensor_bytes(P, D, DV, D) + 8 * P + 8 * E + _dkv_tiles,
+        items=_items_kv / _of_d[1],
+    ),
+    Pass(
+        "sum dq partials",
+        "add a token's S dq partials",
+        dram_bytes=tensor_bytes(P, D) + tensor_bytes(_q_rows, D),
+    ),
+    _TILE_SUM,
+    _cutting(_of_d, D, launches=4, tiles=_dkv_tiles),
+)
+_kv_outer_forward_scratch = _SORTED / _of_dv[1] + (tensor_bytes(P, DV) + 8 * P) / _of_dv[0]
+_kv_outer_backward_scratch = (_SORTED + _dkv_tiles) / _of_d[1] + tensor_bytes(P, D) / _of_d[0]
+
+# Blocks that all of a tile's tokens share are agreed on, and hardly any of those that they draw by themselves.
+_agreed = a * S
 
 
 ORDERS: dict[str, Order] = {
@@ -157,74 +225,37 @@ ORDERS: dict[str, Order] = {
         backward_scratch=_SORTED + _dkv_tiles,
     ),
     "fsa": Order(
-        forward=(
-            _LISTS,
-            Pass(
-                "KV-outer partials",
-                "each K/V block meets the queries that selected it: gather q rows, write a partial and statistics for "
-                "each",
-                flops=2 * _kv_rows * bs * (D + DV),
-                l2_bytes=tensor_bytes(W * bs, D, DV) + tensor_bytes(P, D, DV),
-                dram_bytes=tensor_bytes(P, D, DV) + tensor_bytes(_read_rows, D, DV) + 4 * P + 8 * E,
-                items=_items_kv / _of_dv[1],
-            ),
-            Pass(
-                "merge",
-                "weigh a token's S partials by their log-sum-exp and add",
-                dram_bytes=tensor_bytes(P, DV) + 4 * P + tensor_bytes(_q_rows, DV) + 4 * _q_rows,
-            ),
-            _cutting(_of_dv, DV, launches=2),
-        ),
-        backward=(
-            _DELTA,
-            _LISTS,
-            Pass(
-                "KV-outer dq dk dv",
-                "s, dp, dv, dk as for nsa, and dq = ds k as one partial per entry",
-                flops=2 * _kv_rows * bs * (3 * D + 2 * DV),
-                l2_bytes=tensor_bytes(W * bs, D, DV) + tensor_bytes(P, D, DV, D),
-                dram_bytes=tensor_bytes(P, D, DV, D) + 8 * P + 8 * E + _dkv_tiles,
-                items=_items_kv / _of_d[1],
-            ),
-            Pass(
-                "sum dq partials",
-                "add a token's S dq partials",
-                dram_bytes=tensor_bytes(P, D) + tensor_bytes(_q_rows, D),
-            ),
-            _TILE_SUM,
-            _cutting(_of_d, D, launches=4, tiles=_dkv_tiles),
-        ),
-        forward_scratch=_SORTED / _of_dv[1] + (tensor_bytes(P, DV) + 8 * P) / _of_dv[0],
-        backward_scratch=(_SORTED + _dkv_tiles) / _of_d[1] + tensor_bytes(P, D) / _of_d[0],
+        forward=(_LISTS, *_partials(), _cutting(_of_dv, DV, launches=2)),
+        backward=_KV_OUTER_BACKWARD,
+        forward_scratch=_kv_outer_forward_scratch,
+        backward_scratch=_kv_outer_backward_scratch,
     ),
     "tile": Order(
         forward=(
             _UNIONS,
-            Pass(
-                "query-tile",
-                "each tile of neighbouring tokens walks the union of their blocks; a token uses those that it selected",
-                flops=2 * _multiplied * N_t * G * (D + DV),
-                l2_bytes=tensor_bytes(_walked, D, DV),
-                dram_bytes=tensor_bytes(_q_rows, D, DV) + tensor_bytes(_read_rows, D, DV) + 4 * _q_rows,
-                items=_tiles,
-            ),
+            _walk(U),
         ),
         backward=(
             _DELTA,
             _LISTS,
             _UNIONS,
             _DKV,
-            Pass(
-                "query-tile dq",
-                "s, dp, dq = ds k, over the union",
-                flops=2 * _multiplied * N_t * G * (2 * D + DV),
-                l2_bytes=tensor_bytes(_walked, D, DV),
-                dram_bytes=tensor_bytes(_q_rows, D, DV, D) + tensor_bytes(_read_rows, D, DV) + 8 * _q_rows,
-                items=_tiles,
-            ),
+            _walk(U, D, name="query-tile dq", kernel="query-tile dq"),
             _TILE_SUM,
         ),
         forward_scratch=12 * _tiles * N_t * S,
         backward_scratch=_SORTED + _dkv_tiles + 12 * _tiles * N_t * S,
+    ),
+    "mixed": Order(
+        forward=(
+            replace(_UNIONS, name="agreement", dram_bytes=8 * E + 12 * _tiles * _agreed),
+            _walk(_agreed, name="agreed blocks"),
+            replace(_LISTS, name="lists of the rest"),
+            *_partials(1 - a, 1),
+            _cutting(_of_dv, DV, launches=2),
+        ),
+        backward=_KV_OUTER_BACKWARD,
+        forward_scratch=_kv_outer_forward_scratch + 12 * _tiles * S * 4 + 4 * E + tensor_bytes(_q_rows, DV),
+        backward_scratch=_kv_outer_backward_scratch,
     ),
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..tiling import next_power_of_2, selected_chunk_n, union_tokens
 
 # The loop orders and their names for people. Here, as what only checks an argument needs no expressions.
-LOOP_ORDERS = {"fsa": "KV-outer", "nsa": "query-outer", "tile": "query-tile"}
+LOOP_ORDERS = {"fsa": "KV-outer", "nsa": "query-outer", "tile": "query-tile", "mixed": "query-tile and KV-outer"}
 
 # The kernels' tiles; what both packages reckon with is in fsa_compile.tiling.
 # Rows of the KV-outer passes' matmuls: (entry, query head) pairs of one list, taken this many at a time.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...tiling import union_tokens
+from ...tiling import agreeing, union_tokens
 from ..options import Layout, Selected
 from ..rules import Rule, Runs, kernel_runs, register
 from . import block_lists as _block_lists  # noqa: F401  registers the operator
@@ -43,8 +43,11 @@ def _query_outer_forward(
 
 
 def _kv_outer_forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any],
+    more: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``more``: out, shift and log_sum of attention to other blocks, of all rows."""
+
     def part(heads: list[Chunk]) -> list[tuple[Tensor, ...]]:
         where = heads[0].of_runs(runs)
         keys, values = heads[0].of_kv_heads(k), heads[0].of_kv_heads(v)
@@ -54,7 +57,8 @@ def _kv_outer_forward(
         for chunk in heads:
             queries = chunk.of_query_heads(q, group)
             partials = _ops._selected_fwd_kv_outer(queries, keys, values, blocks, *lists, *where, **sizes)
-            done.append(_ops._merge_partials(*partials, blocks, *where, **blocks_of, scale=sizes["scale"]))
+            others = [chunk.of_query_heads(x, group) for x in more] or (None,) * 3
+            done.append(_ops._merge_partials(*partials, blocks, *others, *where, **blocks_of, scale=sizes["scale"]))
             del partials  # the next take their place
         return done
 
@@ -69,7 +73,18 @@ def _unions(q: Tensor, k: Tensor, block_indices: Tensor, runs: Runs, block_size:
     """The unions of query tiles, and their size."""
     tokens = union_tokens(q.shape[2] // k.shape[2], block_indices.shape[3], q.dtype.itemsize)
     tile = {"block_size": block_size, "tokens": tokens}
-    return _ops._tile_unions(block_indices, *runs, seq_len_k=k.shape[1], **tile), tile
+    return _ops._tile_unions(block_indices, *runs, seq_len_k=k.shape[1], **tile)[:3], tile
+
+
+def _mixed_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, runs: Runs, sizes: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query tiles take the blocks that their tokens agree on; lists have the rest."""
+    tokens = union_tokens(q.shape[2] // k.shape[2], block_indices.shape[3], q.dtype.itemsize)
+    tile = {"block_size": sizes["block_size"], "tokens": tokens}
+    *unions, rest = _ops._tile_unions(block_indices, *runs, seq_len_k=k.shape[1], **tile, least=agreeing(tokens))
+    agreed = _ops._selected_fwd_union(q, k, v, *unions, *runs, **tile, scale=sizes["scale"])
+    return _kv_outer_forward(q, k, v, rest, runs, sizes, agreed)
 
 
 def _tile_forward(
@@ -159,6 +174,7 @@ ORDERS = {
     "nsa": Order(_query_outer_forward, partial(_backward, dq_by=_query_outer_dq)),
     "fsa": Order(_kv_outer_forward, _kv_outer_backward),
     "tile": Order(_tile_forward, partial(_backward, dq_by=_tile_dq)),
+    "mixed": Order(_mixed_forward, _kv_outer_backward),
 }
 
 

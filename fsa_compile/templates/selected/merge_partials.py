@@ -1,16 +1,19 @@
-"""FSA loop order, forward, second step: merge a row's partials by their softmax statistics."""
+"""FSA loop order, forward, second step: merge a row's partials by their softmax statistics.
+
+In the mixed order there is one more part of a row, the attention to what its query tile agreed on.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ...tiling import Config, Device, next_power_of_2
-from ..kernel import SEQUENCES, Dense, Kernel, Output, Plan, sequences
-from ..sequences import Sequences
+from ..kernel import SEQUENCES, Dense, Kernel, Output, Plan, Strided, sequences
+from ..sequences import Rows, Sequences
 from ..tiles import columns, dense_strides, exp_scaled, finite_max, is_visible, load_tile, log_or_none, store_output
 from .lists import MAX_UNROLLED, partial_slots
 from .sizes import SelectedSizes, spread
@@ -30,9 +33,20 @@ def weighted_partial(
     return (part_sum * exp_scaled(part_max, shift, scale) / total)[:, None] * out.to(tl.float32)
 
 
+class Agreed(NamedTuple):
+    """The attention of rows to the blocks that their query tiles agreed on, or Nones.
+
+    out: ``[B, T, HQ, DV]``. shift, log_sum: ``[B, T, HQ]``; of a row that has none of the blocks finite and -inf.
+    """
+
+    out: Rows | None
+    shift: Rows | None
+    log_sum: Rows | None
+
+
 @triton.jit
 def merge_partials_tile(
-    partial_out, partial_stats, block_indices, exists, pos, slots, g, scale,
+    partial_out, partial_stats, block_indices, agreed: Agreed, exists, pos, slots, g, b, t, h, scale,
     SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Merged attention of BLOCK_R output rows: float32 ``(out [BLOCK_R, BLOCK_DV], shift, log_sum)``.
@@ -47,11 +61,29 @@ def merge_partials_tile(
     part_max = tl.load(stats, mask=seen, other=float("-inf"))
     part_sum = tl.load(stats + 1, mask=seen, other=0.0)
     row_max = tl.max(part_max, 1)
+    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+    if agreed.out is not None:
+        sums, tops = agreed.log_sum, agreed.shift
+        place = b.to(tl.int64) * sums.strides[0] + t.to(tl.int64) * sums.strides[1] + h
+        more_sum = tl.load(sums.ptr + place, mask=exists, other=float("-inf"))
+        place = b.to(tl.int64) * tops.strides[0] + t.to(tl.int64) * tops.strides[1] + h
+        more_max = tl.load(tops.ptr + place, mask=exists, other=0.0)
+        more_max = tl.where(more_sum == float("-inf"), float("-inf"), more_max)
+        row_max = tl.maximum(row_max, more_max)
     shift = finite_max(row_max)
     row_sum = tl.sum(part_sum * exp_scaled(part_max, shift[:, None], scale), 1)
-    total = tl.where(row_sum > 0, row_sum, 1.0)
-    BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
-    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    if agreed.out is not None:
+        more_sum = tl.exp(more_sum) * exp_scaled(more_max, shift, scale)
+        row_sum += more_sum
+        total = tl.where(row_sum > 0, row_sum, 1.0)
+        seen = exists & (more_sum > 0)
+        rows = agreed.out
+        place = b.to(tl.int64) * rows.strides[0] + t.to(tl.int64) * rows.strides[1] + h * rows.strides[2]
+        more = load_tile(rows.ptr, place, seen, SIZES.HEAD_DIM_V, BLOCK_DV)
+        acc = (more_sum / total)[:, None] * more.to(tl.float32)
+    else:
+        total = tl.where(row_sum > 0, row_sum, 1.0)
+        acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     if NUM_PARTIALS <= MAX_UNROLLED:  # so that the loads of all slots are in flight together
         for i in tl.static_range(NUM_PARTIALS):
             acc += weighted_partial(
@@ -67,13 +99,27 @@ def merge_partials_tile(
 
 @triton.jit
 def merge_partials_kernel(
-    partial_out, partial_stats, block_indices, out, shift, log_sum, num_rows, seqs: Sequences, scale,
+    partial_out, partial_stats, block_indices, agreed: Agreed, out, shift, log_sum, num_rows, seqs: Sequences, scale,
     SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     exists, pos, slots, g, b, t, h = partial_slots(rows, num_rows, seqs, SIZES)
     value, row_shift, row_log_sum = merge_partials_tile(
-        partial_out, partial_stats, block_indices, exists, pos, slots, g, scale, SIZES, BLOCK_R, BLOCK_S
+        partial_out,
+        partial_stats,
+        block_indices,
+        agreed,
+        exists,
+        pos,
+        slots,
+        g,
+        b,
+        t,
+        h,
+        scale,
+        SIZES,
+        BLOCK_R,
+        BLOCK_S,
     )
     tl.store(shift + rows, row_shift, mask=rows < num_rows)
     tl.store(log_sum + rows, row_log_sum, mask=rows < num_rows)
@@ -84,19 +130,22 @@ def merge_partials_kernel(
 
 
 def plan(
-    partial_out: Any, partial_stats: Any, block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int, scale: float
-) -> Plan:
-    """out ``[B, T, HQ, DV]``, shift and log_sum ``[B, T, HQ]`` from what ``fwd_kv_outer`` left."""
+    partial_out: Any, partial_stats: Any, block_indices: Any, more_out: Any, more_shift: Any, more_log_sum: Any,
+    *seqs: Any, seq_len_k: Any, block_size: int, scale: float,
+) -> Plan:  # fmt: skip
+    """out ``[B, T, HQ, DV]``, shift and log_sum ``[B, T, HQ]`` from what ``fwd_kv_outer`` left, and ``Agreed``."""
     sizes = SelectedSizes.of_partials(partial_out, block_size)
     batch, seq_len = block_indices.shape[:2]
     rows = (batch, seq_len, sizes.NUM_KV_HEADS * sizes.GROUP)
     num_rows = batch * seq_len * rows[2]
     statistics = Output(rows, torch.float32)
+    agreed = (None if x is None else Strided(x) for x in (more_out, more_shift, more_log_sum))
     return Plan(
         {
             "partial_out": Dense(partial_out),
             "partial_stats": Dense(partial_stats),
             "block_indices": Dense(block_indices),
+            "agreed": Agreed(*agreed),
             "num_rows": num_rows,
             "seqs": sequences(block_indices, seq_len_k, seqs),
             "scale": scale,
@@ -125,7 +174,8 @@ def candidates(sizes: SelectedSizes, device: Device) -> list[Config]:
 
 MERGE_PARTIALS = Kernel(
     merge_partials_kernel,
-    f"_merge_partials(Tensor partial_out, Tensor partial_stats, Tensor block_indices, {SEQUENCES}, *, "
+    "_merge_partials(Tensor partial_out, Tensor partial_stats, Tensor block_indices, Tensor? more_out, "
+    f"Tensor? more_shift, Tensor? more_log_sum, {SEQUENCES}, *, "
     "SymInt seq_len_k, int block_size, float scale) -> (Tensor out, Tensor shift, Tensor log_sum)",
     plan, grid, heuristic, candidates,
 )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Query-tile order, first step: the union of the blocks that the tokens of a query tile selected.
+"""Query-tile and mixed order, first step: the union of the blocks that the tokens of a query tile selected.
 
 Neighbouring tokens select much the same blocks. A tile attends once to each block of their union, and a bit of its
-``members`` says of each token whether the block is one of its own.
+``members`` says of each token whether the block is one of its own. In the mixed order only the blocks that enough of
+the tokens selected are in the union, and the others remain in a copy of ``block_indices``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class Unions(NamedTuple):
 
 
 class UnionSizes(NamedTuple):
-    """Static sizes. MOST: places of a tile's union, TOKENS times SLOTS, which is NUM_SELECTED as a power of two."""
+    """Static sizes. MOST: selections of a tile, TOKENS times SLOTS, which is NUM_SELECTED as a power of two.
+
+    LEAST: tokens that have to select a block for it to be in the union. PLACES: of a tile's union.
+    """
 
     NUM_KV_HEADS: int
     NUM_SELECTED: int
@@ -45,6 +49,8 @@ class UnionSizes(NamedTuple):
     BLOCK_SIZE: int
     TOKENS: int
     MOST: int
+    LEAST: int
+    PLACES: int
 
 
 @triton.jit
@@ -54,48 +60,80 @@ def _merge(a_block, a_rows, b_block, b_rows):
 
 
 @triton.jit
-def tile_unions_kernel(block_indices, blocks, members, counts, seqs: Sequences, SIZES: tl.constexpr):
+def _count(a_block, a_count, b_block, b_count):
+    """How many entries there are up to and including ``b``, of its block."""
+    return b_block, b_count + tl.where(a_block == b_block, a_count, 0)
+
+
+@triton.jit
+def tile_unions_kernel(block_indices, blocks, members, counts, rest, seqs: Sequences, SIZES: tl.constexpr):
     w = tl.program_id(0)
     hk = tl.program_id(1)
     run, first = run_of_tile(seqs, w, SIZES.TOKENS)
     MOST: tl.constexpr = SIZES.MOST
+    SLOTS: tl.constexpr = SIZES.SLOTS
+    TOKENS: tl.constexpr = SIZES.TOKENS
     i = tl.arange(0, MOST)
-    token = i // SIZES.SLOTS
-    slot = i % SIZES.SLOTS
+    token = i // SLOTS
+    slot = i % SLOTS
     pos = run.offset + first + token
-    exists = (first + token < run.num_rows) & (slot < SIZES.NUM_SELECTED) & (run.num_keys > 0) & (pos >= 0)
-    n = run.b.to(tl.int64) * seqs.seq_len + run.first_row + first + token
-    ids = tl.load(block_indices + (n * SIZES.NUM_KV_HEADS + hk) * SIZES.NUM_SELECTED + slot, mask=exists, other=-1)
-    exists = exists & is_visible(ids, pos, SIZES.BLOCK_SIZE)
-    # The token goes along in the low bits, so that one sort orders both.
-    key = tl.sort(tl.where(exists, ids * SIZES.TOKENS + token, NO_BLOCK))
-    block = key // SIZES.TOKENS
+    exists = (first + token < run.num_rows) & (slot < SIZES.NUM_SELECTED)
+    head = (run.b.to(tl.int64) * seqs.seq_len + run.first_row + first) * SIZES.NUM_KV_HEADS + hk
+    place = (head + token * SIZES.NUM_KV_HEADS) * SIZES.NUM_SELECTED + slot
+    ids = tl.load(block_indices + place, mask=exists & (run.num_keys > 0) & (pos >= 0), other=-1)
+    visible = exists & is_visible(ids, pos, SIZES.BLOCK_SIZE)
+    # The token, and where it counts the slot, go along in the low bits, so that one sort orders all.
+    EACH: tl.constexpr = TOKENS if SIZES.LEAST == 1 else MOST
+    chosen = visible & (ids < NO_BLOCK // EACH)
+    key = tl.sort(tl.where(chosen, ids * EACH + (token if SIZES.LEAST == 1 else i), NO_BLOCK))
+    block = key // EACH
     used = key < NO_BLOCK
-    one = tl.full([MOST], 1, tl.int64) << (key % SIZES.TOKENS).to(tl.int64)
+    token = key % EACH // (EACH // TOKENS)
+    one = tl.full([MOST], 1, tl.int64) << token.to(tl.int64)
     _, rows = tl.associative_scan((block, tl.where(used, one, 0)), 0, _merge)
     following = tl.gather(block, tl.minimum(i + 1, MOST - 1), 0)
     last = used & ((i == MOST - 1) | (following != block))
+    if SIZES.LEAST > 1:
+        ones = used.to(tl.int32)
+        _, before = tl.associative_scan((block, ones), 0, _count)
+        _, after = tl.associative_scan((block, ones), 0, _count, reverse=True)
+        agreed = before + after - 1 >= SIZES.LEAST
+        last = last & agreed
+        slot = key % SLOTS
+        place = (head + token * SIZES.NUM_KV_HEADS) * SIZES.NUM_SELECTED + slot
+        tl.store(rest + place, tl.where(agreed, -1, block), mask=used)
+        # Of what is not among the keys they do not tell where it was.
+        place = (head + i // SLOTS * SIZES.NUM_KV_HEADS) * SIZES.NUM_SELECTED + i % SLOTS
+        tl.store(rest + place, tl.where(visible, ids, -1), mask=exists & ~chosen)
+    PLACES: tl.constexpr = SIZES.PLACES
     place = tl.cumsum(last.to(tl.int32), 0) - 1
-    at = (w.to(tl.int64) * SIZES.NUM_KV_HEADS + hk) * MOST + place
+    at = (w.to(tl.int64) * SIZES.NUM_KV_HEADS + hk) * PLACES + place
     tl.store(members + at, rows, mask=last)
     tl.store(counts + w * SIZES.NUM_KV_HEADS + hk, tl.sum(last.to(tl.int32), 0))
-    strides = (SIZES.NUM_KV_HEADS * MOST, MOST)
+    strides = (SIZES.NUM_KV_HEADS * PLACES, PLACES)
     store_output(blocks, (w, hk, place), strides, block, last, (MOST,))
 
 
-def plan(block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int, tokens: int) -> Plan:
-    """The unions of tiles of ``tokens`` tokens; see ``Unions``."""
+def plan(block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int, tokens: int, least: int = 1) -> Plan:
+    """The unions of tiles of ``tokens`` tokens (``Unions``), of blocks that ``least`` of them selected.
+
+    rest: block_indices without those, -1 in their place, for ``least`` over 1. Rows of no sequence are not written.
+    """
     batch, seq_len, num_kv_heads, num_selected = block_indices.shape
     runs = sequences(block_indices, seq_len_k, seqs)
     slots = next_power_of_2(int(num_selected))
-    sizes = UnionSizes(int(num_kv_heads), int(num_selected), slots, block_size, tokens, tokens * slots)
+    most = tokens * slots
+    places = max(1, most // least)
+    sizes = UnionSizes(int(num_kv_heads), int(num_selected), slots, block_size, tokens, most, least, places)
     tiles = num_tiles(batch, seq_len, runs.num_seqs, runs.cu_seqlens_q is not None, tokens, lambda a, b: -(-a // b))
+    shape = (tiles, num_kv_heads, places)
     return Plan(
         {"block_indices": Dense(block_indices), "seqs": runs},
         {
-            "blocks": Output((tiles, num_kv_heads, sizes.MOST), torch.int32),
-            "members": Output((tiles, num_kv_heads, sizes.MOST), torch.int64),
+            "blocks": Output(shape, torch.int32),
+            "members": Output(shape, torch.int64),
             "counts": Output((tiles, num_kv_heads), torch.int32),
+            "rest": Output(block_indices.shape if least > 1 else None, torch.int32),
         },
         sizes,
         (tiles, num_kv_heads),
@@ -119,7 +157,7 @@ def candidates(sizes: UnionSizes, device: Device) -> list[Config]:
 
 TILE_UNIONS = Kernel(
     tile_unions_kernel,
-    f"_tile_unions(Tensor block_indices, {SEQUENCES}, *, SymInt seq_len_k, int block_size, int tokens) "
-    "-> (Tensor blocks, Tensor members, Tensor counts)",
+    f"_tile_unions(Tensor block_indices, {SEQUENCES}, *, SymInt seq_len_k, int block_size, int tokens, int least=1) "
+    "-> (Tensor blocks, Tensor members, Tensor counts, Tensor rest)",
     plan, grid, heuristic, candidates, fuses_epilogue=False,
 )  # fmt: skip
