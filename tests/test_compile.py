@@ -255,6 +255,7 @@ def emitted(fn: Callable[..., Any], *args: Any) -> tuple[Any, str]:
 
 
 _MAIN = {"fsa": "merge_partials_tile", "nsa": "selected_fwd_query_outer_tile", "tile": "selected_fwd_union_tile"}
+_MAIN["mixed"] = _MAIN["fsa"]
 
 
 @pytest.mark.gpu
