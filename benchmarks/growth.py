@@ -1,6 +1,6 @@
 """How each stage's time grows with the length, and what share of its floor it reaches: the tables of docs/growth.md.
 
-    python -m benchmarks.growth benchmarks/results/lengths_h100.csv benchmarks/results/whole_h100.csv --page docs/growth.md
+    python -m benchmarks.growth benchmarks/results/{lengths,whole}_h100.csv --page docs/growth.md
 
 Of several CSVs' rows of the same, the first counts. A floor is the longest of three times on an H100: the products'
 FLOPs, the exponentials, and memory traffic where all inputs are read and all results written once.

@@ -4,10 +4,10 @@
     python -m benchmarks.plot benchmarks/results/{lengths,whole}_h100.csv --together --out benchmarks/results
 
 One picture a kind, over the length. Of `whole`: `<name>_whole.png` (forward, training step), `<name>_stages.png`,
-`<name>_memory.png`, for each shape of heads if there are several (`<name>_32_8_128_whole.png`); points are medians, bars
-reach from the 20th to the 80th percentile. `<name>_growth.png` has all shapes: time per token of each stage as compiled,
-and peak memory. Of `models`: `<name>_tokens.png`, tokens a second by model and pass, times the layers, of which fewer
-fit at great lengths.
+`<name>_memory.png`, for each shape of heads if there are several (`<name>_32_8_128_whole.png`); points are medians,
+bars reach from the 20th to the 80th percentile. `<name>_growth.png` has all shapes: time per token of each stage as
+compiled, and peak memory. Of `models`: `<name>_tokens.png`, tokens a second by model and pass, times the layers, of
+which fewer fit at great lengths.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from typing import Any
 import matplotlib
 
 from benchmarks.growth import Row, Shape, merged, times_of
+from benchmarks.whole import STAGES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogFormatter
+from PIL import Image
 
 DPI = 110
 
@@ -43,8 +46,21 @@ def _series(rows: list[Row], what: str, name: str) -> dict[str, list[Row]]:
     return {provider: sorted(points, key=lambda row: int(row["seq_len"])) for provider, points in found.items()}
 
 
+class _Plain(LogFormatter):
+    """Ticks as 0.01, where the formatter has one."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _tokens(length: float, _: Any) -> str:
+    """A tick: 8K, 1M."""
+    return f"{length / 2**20:g}M" if length >= 2**20 else f"{length / 2**10:g}K" if length >= 2**10 else f"{length:g}"
+
+
 def _draw(axis: Any, series: dict[str, list[Row]], column: str, title: str, unit: str) -> None:
     for provider, points in series.items():
+        color = f"C{STAGES.index(provider)}" if provider in STAGES else None
         points = [row for row in points if row[column] and float(row[column]) > 0]
         x, y = [int(row["seq_len"]) for row in points], [float(row[column]) for row in points]
         if not points:
@@ -52,17 +68,22 @@ def _draw(axis: Any, series: dict[str, list[Row]], column: str, title: str, unit
         if column == "p50_ms":
             low = [max(0.0, m - float(row["p20_ms"])) for m, row in zip(y, points, strict=True)]
             high = [max(0.0, float(row["p80_ms"]) - m) for m, row in zip(y, points, strict=True)]
-            axis.errorbar(x, y, [low, high], marker="o", markersize=3, capsize=2, label=provider)
+            axis.errorbar(x, y, [low, high], marker="o", markersize=3, capsize=2, color=color, label=provider)
         else:
-            axis.plot(x, y, marker="o", markersize=3, label=provider)
+            axis.plot(x, y, marker="o", markersize=3, color=color, label=provider)
     axis.set_title(title)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xlabel("seq_len")
+    axis.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    for side in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        side(_Plain(labelOnlyBase=False, minor_thresholds=(1.2, 0.6)))
+    axis.tick_params(which="both", labelsize=8)
+    axis.set_xlabel("seq_len, tokens")
     axis.set_ylabel(unit)
     axis.grid(alpha=0.3)
     if axis.has_data():
-        axis.legend(fontsize=7)
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(series) > 4 else {}
+        axis.legend(fontsize=7, **beside)
 
 
 def shapes(rows: list[Row]) -> dict[Shape, list[Row]]:
@@ -81,6 +102,7 @@ def _save(figure: Any, rows: list[Row], about: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a fifth of the bytes
     return path
 
 
