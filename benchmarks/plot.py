@@ -1,10 +1,13 @@
 """Plots from the CSVs of `benchmarks.whole` and `benchmarks.models`, and from nothing else.
 
     python -m benchmarks.plot benchmarks/results/whole_h100.csv --out benchmarks/results
+    python -m benchmarks.plot benchmarks/results/{lengths,whole}_h100.csv --together --out benchmarks/results
 
 One picture a kind, over the length. Of `whole`: `<name>_whole.png` (forward, training step), `<name>_stages.png`,
-`<name>_memory.png`; points are medians, bars reach from the 20th to the 80th percentile. Of `models`:
-`<name>_tokens.png`, tokens a second by model and pass, times the layers, of which fewer fit at great lengths.
+`<name>_memory.png`, for each shape of heads if there are several (`<name>_32_8_128_whole.png`); points are medians,
+bars reach from the 20th to the 80th percentile. `<name>_growth.png` has all shapes: time per token of each stage as
+compiled, and peak memory. Of `models`: `<name>_tokens.png`, tokens a second by model and pass, times the layers, of
+which fewer fit at great lengths.
 """
 
 from __future__ import annotations
@@ -18,10 +21,15 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks.growth import Row, Shape, merged, times_of
+from benchmarks.whole import STAGES
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogFormatter
+from PIL import Image
 
-Row = dict[str, str]
+DPI = 110
 
 
 def read(path: Path) -> list[Row]:
@@ -38,8 +46,21 @@ def _series(rows: list[Row], what: str, name: str) -> dict[str, list[Row]]:
     return {provider: sorted(points, key=lambda row: int(row["seq_len"])) for provider, points in found.items()}
 
 
+class _Plain(LogFormatter):
+    """Ticks as 0.01, where the formatter has one."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _tokens(length: float, _: Any) -> str:
+    """A tick: 8K, 1M."""
+    return f"{length / 2**20:g}M" if length >= 2**20 else f"{length / 2**10:g}K" if length >= 2**10 else f"{length:g}"
+
+
 def _draw(axis: Any, series: dict[str, list[Row]], column: str, title: str, unit: str) -> None:
     for provider, points in series.items():
+        color = f"C{STAGES.index(provider)}" if provider in STAGES else None
         points = [row for row in points if row[column] and float(row[column]) > 0]
         x, y = [int(row["seq_len"]) for row in points], [float(row[column]) for row in points]
         if not points:
@@ -47,21 +68,54 @@ def _draw(axis: Any, series: dict[str, list[Row]], column: str, title: str, unit
         if column == "p50_ms":
             low = [max(0.0, m - float(row["p20_ms"])) for m, row in zip(y, points, strict=True)]
             high = [max(0.0, float(row["p80_ms"]) - m) for m, row in zip(y, points, strict=True)]
-            axis.errorbar(x, y, [low, high], marker="o", markersize=3, capsize=2, label=provider)
+            axis.errorbar(x, y, [low, high], marker="o", markersize=3, capsize=2, color=color, label=provider)
         else:
-            axis.plot(x, y, marker="o", markersize=3, label=provider)
+            axis.plot(x, y, marker="o", markersize=3, color=color, label=provider)
     axis.set_title(title)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xlabel("seq_len")
+    axis.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    for side in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        side(_Plain(labelOnlyBase=False, minor_thresholds=(1.2, 0.6)))
+    axis.tick_params(which="both", labelsize=8)
+    axis.set_xlabel("seq_len, tokens")
     axis.set_ylabel(unit)
     axis.grid(alpha=0.3)
     if axis.has_data():
-        axis.legend(fontsize=7)
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(series) > 4 else {}
+        axis.legend(fontsize=7, **beside)
+
+
+def shapes(rows: list[Row]) -> dict[Shape, list[Row]]:
+    """The rows of each shape of heads; dense attention may have been given keys that were repeated beforehand."""
+    found: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        found[int(row["num_q_heads"]), int(row["head_dim"])].append(row)
+    return {Shape(h, min(int(r["num_kv_heads"]) for r in mine), d): mine for (h, d), mine in found.items()}
+
+
+def _save(figure: Any, rows: list[Row], about: str, path: Path) -> Path:
+    """With where the rows are from."""
+    kinds = {column: ", ".join(dict.fromkeys(row[column] for row in rows)) for column in ("device", "date", "commit")}
+    figure.suptitle(f"{kinds['device']}, {about}{kinds['date']}, {kinds['commit']}", fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a fifth of the bytes
+    return path
 
 
 def plot(rows: list[Row], name: str, out: Path) -> list[Path]:
     """The pictures of one CSV; those that would be empty are left out."""
+    found, written = shapes(rows), []
+    for shape, mine in found.items():
+        suffix = "" if len(found) == 1 else "_" + "_".join(map(str, shape))
+        written += _plot_shape(mine, shape, out / f"{name}{suffix}")
+    return written + plot_growth(rows, out / f"{name}_growth.png")
+
+
+def _plot_shape(rows: list[Row], shape: Shape, out: Path) -> list[Path]:
     there = {(row["what"], row["pass"]) for row in rows}
     stages = [(w, p) for w, p in dict.fromkeys((row["what"], row["pass"]) for row in rows) if w != "whole"]
     measured = {(row["what"], row["pass"]) for row in rows if row["peak_mib"]}
@@ -71,7 +125,7 @@ def plot(rows: list[Row], name: str, out: Path) -> list[Path]:
         "stages": (stages, "p50_ms", "ms"),
         "memory": ([pair for pair in whole if pair in measured], "peak_mib", "MiB beyond inputs and results"),
     }
-    first, written = rows[0], []
+    written = []
     for kind, (pairs, column, unit) in kinds.items():
         if not pairs:
             continue
@@ -82,14 +136,34 @@ def plot(rows: list[Row], name: str, out: Path) -> list[Path]:
             axis.remove()
         for axis, (what, name_of_pass) in zip(axes.flat, pairs, strict=False):
             _draw(axis, _series(rows, what, name_of_pass), column, f"{what}, {name_of_pass}", unit)
-        heads = f"{first['num_q_heads']}/{first['num_kv_heads']} heads, head_dim {first['head_dim']}, {first['dtype']}"
-        figure.suptitle(f"{first['device']}, {heads}, {first['date']}, {first['commit']}", fontsize=9)
-        figure.tight_layout()
-        out.mkdir(parents=True, exist_ok=True)
-        written.append(out / f"{name}_{kind}.png")
-        figure.savefig(written[-1], dpi=150)
-        plt.close(figure)
+        path = out.with_name(f"{out.name}_{kind}.png")
+        written.append(_save(figure, rows, f"{shape}, {rows[0]['dtype']}, ", path))
     return written
+
+
+def plot_growth(rows: list[Row], path: Path) -> list[Path]:
+    """Microseconds a token of each stage as compiled, where what is linear is level, and the whole's peak memory."""
+    rows = [row for row in rows if row["provider"] == "compiled"]
+    found = shapes(rows)
+    if not rows:
+        return []
+    figure, axes = plt.subplots(len(found), 3, figsize=(15, 3.9 * len(found)), squeeze=False)
+    for line, shape in zip(axes, found, strict=True):
+        times, memory = times_of(rows, shape), times_of(rows, shape, "peak_mib")
+        panels = [
+            *(("microseconds a token", [k for k in times if k[1] == p], times, p) for p in ("forward", "backward")),
+            ("MiB beyond inputs and results", [k for k in memory if k[0] == "whole"], memory, "peak memory"),
+        ]
+        for axis, (unit, keys, values, title) in zip(line, panels, strict=True):
+            series = {
+                name_of_pass if values is memory else stage: [
+                    {"seq_len": str(n), "value": str(value if values is memory else value * 1e3 / n)}
+                    for n, value in values[stage, name_of_pass].items()
+                ]
+                for stage, name_of_pass in keys
+            }
+            _draw(axis, series, "value", f"{shape}: {title}", unit)
+    return [_save(figure, rows, "", path)]
 
 
 def plot_models(rows: list[Row], name: str, out: Path) -> list[Path]:
@@ -109,13 +183,7 @@ def plot_models(rows: list[Row], name: str, out: Path) -> list[Path]:
                 series[row["provider"] + blocks].append({**row, "rate": str(rate)})
         found = {label: sorted(points, key=lambda row: int(row["seq_len"])) for label, points in series.items()}
         _draw(axis, found, "rate", f"{model}, {name_of_pass}", "tokens x layers / s")
-    first = rows[0]
-    figure.suptitle(f"{first['device']}, {first['date']}, {first['commit']}", fontsize=9)
-    figure.tight_layout()
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / f"{name}_tokens.png", dpi=150)
-    plt.close(figure)
-    return [out / f"{name}_tokens.png"]
+    return [_save(figure, rows, "", out / f"{name}_tokens.png")]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,9 +191,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder")
+    parser.add_argument("--together", action="store_true", help="CSVs of `whole` as one, named after the first")
     options = parser.parse_args(arguments)
-    for path in options.csv:
-        rows = read(path)
+    for path in options.csv[:1] if options.together else options.csv:
+        rows = merged(options.csv) if options.together else read(path)
         draw = plot_models if "model" in rows[0] else plot
         for picture in draw(rows, path.stem, options.out):
             print(picture)
