@@ -310,7 +310,7 @@ def _report(e: Explanation) -> Iterator[str]:
         alike = _alike(nsa)
         yield ""
         orders = [order for order in cost.LOOP_ORDERS if any(order in s.costs for s in nsa)]
-        head = (*_WORDS, *orders, "speed-up")
+        head = (*_WORDS, *orders, "gain")
         yield from _table([head, *(row for i, (s, n) in enumerate(alike, 1) for row in _rows(i, s, n, orders))])
         if orders:
             yield f"  Under {', '.join(orders)}: predicted times of the selected branch in these loop orders."

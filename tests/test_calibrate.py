@@ -167,6 +167,7 @@ def test_a_cell_is_measured_in_every_order(monkeypatch: pytest.MonkeyPatch) -> N
     cell = Cell(cost.Problem(1, 96, 96, 2, 2, 16, 16, 16, 4, 4), held_out=True)
     found, failed = timing.measure(cell, torch.device("cpu"), seconds=0)
     both = {(order, stage) for order in cost.LOOP_ORDERS for stage in ("forward", "backward")}
+    both.remove(("mixed", "backward"))  # which is that of fsa
     assert {(m.order, m.stage) for m in found} == both | {("", "lists")}
     assert all(m.seconds > 0 and m.held_out for m in found)
     assert not failed

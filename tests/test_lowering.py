@@ -25,11 +25,13 @@ FORWARD_TEMPLATES = {
     "fsa": ["fwd_kv_outer", "merge_partials"],
     "nsa": ["fwd_query_outer"],
     "tile": ["unions", "fwd_union"],
+    "mixed": ["unions", "fwd_union", "fwd_kv_outer", "merge_partials"],
 }
 BACKWARD_TEMPLATES = {
     "fsa": ["bwd_kv_outer", "sum_partials", "reduce_tiles"],
     "nsa": ["bwd_kv_outer", "bwd_query_outer", "reduce_tiles"],
     "tile": ["bwd_kv_outer", "unions", "bwd_union", "reduce_tiles"],
+    "mixed": ["bwd_kv_outer", "sum_partials", "reduce_tiles"],
 }
 
 
@@ -145,7 +147,8 @@ def test_a_long_call_is_cut_in_parts_that_share_a_workspace() -> None:
 
 
 def test_auto_takes_each_order_somewhere() -> None:
-    problems = (cost.Problem(1, t, k, 2, 4, 128, 128, 64, 16, 2) for t, k in ((65536, 65536), (2048, 2048), (1, 65536)))
+    sizes = ((65536, 65536, 0.0), (65536, 65536, 0.5), (2048, 2048, 0.0), (1, 65536, 0.0))
+    problems = (cost.Problem(1, t, k, 2, 4, 128, 128, 64, 16, 2, agreement) for t, k, agreement in sizes)
     assert {cost.choose(problem, cost.DEVICES["H200"]).order for problem in problems} == set(cost.LOOP_ORDERS)
 
 

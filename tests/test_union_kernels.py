@@ -14,9 +14,14 @@ from fsa_compile.tiling import union_tokens
 
 def unions_of(block_indices: Tensor, tokens: int, *runs: Tensor | None, seq_len_k: int, block_size: int) -> list:
     """By tile and key/value head: ``{block: {token of the tile, ...}}``, read off what the kernel left."""
-    blocks, members, counts, _ = TILE_UNIONS(
+    *unions, _ = TILE_UNIONS(
         block_indices, *(runs or [None] * 4), seq_len_k=seq_len_k, block_size=block_size, tokens=tokens
     )
+    return read_unions(*unions, tokens)
+
+
+def read_unions(blocks: Tensor, members: Tensor, counts: Tensor, tokens: int) -> list:
+    """The same of the kernel's results."""
     found = []
     for w in range(counts.shape[0]):
         for hk in range(counts.shape[1]):
@@ -52,6 +57,33 @@ def test_batches(tokens: int, num_selected: int) -> None:
     positions = list(range(30, 100))
     want = [u for b in range(2) for u in expected(block_indices[b], positions, tokens, 16)]
     assert have == want
+
+
+@kernels
+@pytest.mark.parametrize(("tokens", "num_selected", "least"), [(4, 4, 2), (16, 11, 4), (1, 4, 2), (64, 5, 16)])
+def test_what_a_tile_agrees_on_leaves_the_rest(tokens: int, num_selected: int, least: int) -> None:
+    """A block that enough tokens selected is in the union with them, and in nobody's rest; any other remains."""
+    generator = torch.Generator().manual_seed(tokens)
+    draws = torch.rand(2, 70, 2, 12, generator=generator) + 2 * (torch.arange(12) < 2)  # all want the first two
+    block_indices = draws.topk(num_selected).indices.int() - 1  # in any order, some -1, some in the future
+    block_indices[0, 3, 0, 0] = 2**31 - 1
+    *unions, rest = TILE_UNIONS(
+        block_indices.to(DEVICE), *[None] * 4, seq_len_k=100, block_size=16, tokens=tokens, least=least
+    )
+    have = read_unions(*unions, tokens)
+    positions = list(range(30, 100))
+    every = [u for b in range(2) for u in expected(block_indices[b], positions, tokens, 16)]
+    assert have == [{block: who for block, who in union.items() if len(who) >= least} for union in every]
+    assert any(have) == (tokens > 1)
+    want = block_indices.clone()
+    for b in range(2):
+        for i, pos in enumerate(positions):
+            for hk in range(2):
+                union = have[(b * -(-70 // tokens) + i // tokens) * 2 + hk]
+                for slot, block in enumerate(block_indices[b, i, hk].tolist()):
+                    if not 0 <= block <= pos // 16 or block in union:
+                        want[b, i, hk, slot] = -1
+    assert torch.equal(rest.cpu(), want)
 
 
 @kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -44,6 +45,10 @@ def judge(device: cost.Device, measured: Sequence[Measurement]) -> list[Judgemen
     found = []
     for problem in dict.fromkeys(m.problem for m in measured):
         times = {(m.order, m.stage): m.seconds for m in measured if m.problem == problem}
+        for order, stage in itertools.product(cost.LOOP_ORDERS, ("forward", "backward")):
+            same = cost.first_like(order, stage), stage
+            if same in times:
+                times[order, stage] = times[same]
         orders = [o for o in cost.LOOP_ORDERS if {(o, "forward"), (o, "backward")} <= times.keys()]
         forward, backward = ({o: times[o, stage] for o in orders} for stage in ("forward", "backward"))
         trained = {o: s - _left_to_the_backward(o, times.get(("", "lists"), 0.0)) for o, s in forward.items()}

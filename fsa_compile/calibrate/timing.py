@@ -69,7 +69,9 @@ def variants(problem: cost.Problem, device: torch.device) -> tuple[cost.Problem,
                 out.append(attend())
             return torch.autograd.grad(out[0], (q, k, v), grad, retain_graph=True)
 
-        runs[order, "forward"], runs[order, "backward"] = forward, backward
+        for stage, run in (("forward", forward), ("backward", backward)):
+            if (cost.first_like(order, stage), stage) not in runs:
+                runs[order, stage] = run
 
     for order in cost.LOOP_ORDERS:
         if cost.scratch_bytes(problem, order, training=True) <= _MEMORY_SHARE * free:

@@ -28,7 +28,7 @@ from .device import DEVICES, EFFICIENCY, Device, Properties, uncalibrated
 from .problem import LIKELY_AGREEMENT, LOOP_ORDERS, Problem
 
 if TYPE_CHECKING:
-    from .orders import ORDERS, Order
+    from .orders import ORDERS, Order, first_like
     from .text import describe
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "choose",
     "describe",
     "device_for",
+    "first_like",
     "format_seconds",
     "scratch_bytes",
     "seconds",
@@ -71,7 +72,7 @@ def device_for(name: str, type: str = "cuda", properties: Properties | None = No
     return calibrations().get(name) or uncalibrated(name, properties)
 
 
-_NEEDS_SYMPY = {"ORDERS": "orders", "Order": "orders", "describe": "text"}
+_NEEDS_SYMPY = {"ORDERS": "orders", "Order": "orders", "first_like": "orders", "describe": "text"}
 
 
 def __getattr__(name: str) -> Any:

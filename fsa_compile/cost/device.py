@@ -22,8 +22,8 @@ EFFICIENCY: dict[str, float] = {
     "KV-outer partials": 0.30,
     "KV-outer dk dv": 0.392,
     "KV-outer dq dk dv": 0.264,
-    "query-tile": 0.555,
-    "query-tile dq": 0.683,
+    "query-tile": 0.61,
+    "query-tile dq": 0.716,
 }
 
 
@@ -79,13 +79,13 @@ DEVICES: dict[str, Device] = {
         "H100",
         flops=989 * _TERA,
         flops_fp32=67 * _TERA,
-        dram_bandwidth=3.14 * _TERA,
-        l2_bandwidth=8.37 * _TERA,
-        sort_rate=20.8 * _GIGA,
-        launch_overhead=5.7e-06,
+        dram_bandwidth=3.21 * _TERA,
+        l2_bandwidth=8.36 * _TERA,
+        sort_rate=20.1 * _GIGA,
+        launch_overhead=5.5e-06,
         num_sms=132,
         memory=80 * _GIGA,
-        efficiency=(0.182, 0.285, 0.297, 0.548, 0.493, 0.555, 0.684),
+        efficiency=(0.182, 0.276, 0.302, 0.571, 0.489, 0.61, 0.716),
     ),
     "A100": _gpu(
         "A100",

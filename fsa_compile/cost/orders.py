@@ -45,6 +45,12 @@ def made_by_every_backward() -> tuple[Pass, ...]:
     return tuple(p for p in first.backward if all(p in order.backward for order in others))
 
 
+def first_like(order: str, stage: str) -> str:
+    """The first order of the table that takes the same passes: one measurement does for both."""
+    passes = ORDERS[order].passes(stage)
+    return next(name for name, one in ORDERS.items() if one.passes(stage) == passes)
+
+
 _q_rows, _k_rows = B * T * HK * G, B * Tk * HK
 _read_rows = Min(_k_rows, E * bs)  # rows of k and v that are selected at all
 _items_q = B * T * HK

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ...tiling import Config, Device, next_power_of_2
 from ..kernel import SEQUENCES, Dense, Kernel, Output, Plan, Strided, sequences
-from ..sequences import Rows, Sequences
+from ..sequences import Sequences
 from ..tiles import columns, dense_strides, exp_scaled, finite_max, is_visible, load_tile, log_or_none, store_output
 from .lists import MAX_UNROLLED, partial_slots
 from .sizes import SelectedSizes, spread
@@ -39,9 +39,9 @@ class Agreed(NamedTuple):
     out: ``[B, T, HQ, DV]``. shift, log_sum: ``[B, T, HQ]``; of a row that has none of the blocks finite and -inf.
     """
 
-    out: Rows | None
-    shift: Rows | None
-    log_sum: Rows | None
+    out: Any
+    shift: Any
+    log_sum: Any
 
 
 @triton.jit
