@@ -18,9 +18,9 @@ Conventions shared by all of them:
 - Empty batches and lengths give empty results.
 - `scale` multiplies the logits; None means `head_dim ** -0.5`.
 - `lse` is the natural log-sum-exp of a row's logits, float32. A row that sees no key has output 0 and lse -inf.
-- `loop_order`: "fsa" iterates over key blocks outside and queries inside, "nsa" the other way round, "auto" takes the
-  one of these that a cost model predicts to be faster. "tile" takes neighbouring queries together over the union of
-  their blocks, which pays where they agree. The result is the same up to rounding.
+- `loop_order`: "fsa" iterates over key blocks outside and queries inside, "nsa" the other way round, "tile" takes
+  neighbouring queries together over the union of their blocks, "mixed" over those that many of them selected, and the
+  rest as "fsa"; "auto" what a cost model predicts to be fastest. The result is the same up to rounding.
 - Shapes, devices and options that do not fit raise ValueError, dtypes TypeError, before anything runs, and equally
   under `torch.compile`. What only the device knows, such as a block id out of range, is checked under
   `debug.validate(True)`.
