@@ -138,15 +138,27 @@ def test_autocast(lower: bool) -> None:
     assert backend.calls == 1, backend.sites
 
 
-def test_under_checkpoint() -> None:
+@pytest.mark.parametrize("what", ["blocks", "window", "other ids"])
+def test_a_block_mask_of_outside_of_a_checkpoint(what: str) -> None:
+    """Made once, in the compiled function; inside of what is checkpointed, the compiler itself refuses to make one."""
+
     def fn(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-        return checkpoint(flex_of_scattered_blocks, q, k, v, ids, use_reentrant=False)
+        t, selected = q.shape[2], scattered(ids, q.shape[2])
+        mask_mod = (lambda b, h, i, j: (i >= j) & (i - j < 20)) if what == "window" else of_blocks(selected, 2)
+        made = create_block_mask(mask_mod, 2, 4, t, t, device=q.device, BLOCK_SIZE=32)
+        if what == "other ids":
+            made.mask_mod = of_blocks(selected.roll(1, 0), 2)
+
+        def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return flex_attention(2 * q, k, v, block_mask=made, enable_gqa=True)
+
+        return checkpoint(layer, q, k, checkpoint(layer, q, k, v, use_reentrant=False)[:, ::2], use_reentrant=False)
 
     x = make_inputs(Program("", fn), 72, requires_grad=False)
     backend = Captured()
     got = torch.compile(fn, backend=backend, fullgraph=True)(*x)
     torch.testing.assert_close(got, fn(*x), atol=1e-5, rtol=1e-5)
-    assert backend.calls == 1, backend.sites
+    assert backend.calls == (0 if what == "other ids" else 2), backend.sites
 
 
 def test_what_goes_wrong_inside_leaves_vmap_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,9 +43,8 @@ def scattered(ids: Tensor, t: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask_mod: MaskMod, block: int = 32, **options: Any) -> Any:
-    made = create_block_mask(
-        mask_mod, q.shape[0], q.shape[1], q.shape[2], k.shape[2], device=q.device, BLOCK_SIZE=block
-    )
+    b, h, t, _ = q.shape
+    made = create_block_mask(mask_mod, b, h, t, t, device=q.device, BLOCK_SIZE=block)
     return flex_attention(q, k, v, block_mask=made, enable_gqa=q.shape[1] != k.shape[1], **options)
 
 
@@ -154,11 +153,26 @@ def flex_whose_ids_are_shared_by_heads(q: Tensor, k: Tensor, v: Tensor, ids: Ten
     return flex_attention(q, k, v, block_mask=made, enable_gqa=True)
 
 
+@_positive()
+def flex_of_interleaved_heads(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    """Query head h takes the ids of h modulo their heads, and the keys of h divided by the group: one list each."""
+    selected, heads = scattered(ids, q.shape[2]), ids.shape[1]
+    return attend(q, k, v, lambda b, h, i, j: selected[b, h % heads, i, j // BLOCK] & (j <= i))
+
+
+@_positive()
+def flex_with_ids_of_another_sequence(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    """Of the last sequence for the first: the ids are taken from there."""
+    selected, group, n = scattered(ids, q.shape[2]), q.shape[1] // k.shape[1], q.shape[0]
+    return attend(q, k, v, lambda b, h, i, j: selected[n - 1 - b, h // group, i, j // BLOCK] & (j <= i))
+
+
 # ---- windows ----
 
 
 def _window(q: Tensor, k: Tensor, v: Tensor, mask_mod: MaskMod) -> Tensor:
-    made = create_block_mask(mask_mod, None, None, q.shape[2], k.shape[2], device=q.device, BLOCK_SIZE=32)
+    t = q.shape[2]
+    made = create_block_mask(mask_mod, None, None, t, t, device=q.device, BLOCK_SIZE=32)
     return flex_attention(q, k, v, block_mask=made, enable_gqa=True)
 
 
@@ -187,13 +201,6 @@ def flex_not_causal(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return attend(q, k, v, lambda b, h, i, j: selected[b, h // group, i, j // BLOCK] & (j >= 0))
 
 
-@_near_miss("heads|axes|axis")
-def flex_of_interleaved_heads(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-    """Query head h takes the ids of h modulo their heads, but the keys of h divided by the group."""
-    selected, heads = scattered(ids, q.shape[2]), ids.shape[1]
-    return attend(q, k, v, lambda b, h, i, j: selected[b, h % heads, i, j // BLOCK] & (j <= i))
-
-
 @_near_miss("block|hides keys otherwise")
 def flex_of_blocks_of_12(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     group, block = q.shape[1] // k.shape[1], 12
@@ -208,12 +215,6 @@ def flex_of_blocks_of_12(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor
 def flex_windowed(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     mask_mod = of_blocks(scattered(ids, q.shape[2]), q.shape[1] // k.shape[1])
     return attend(q, k, v, and_masks(mask_mod, lambda b, h, i, j: i - j < 40))
-
-
-@_near_miss("batch|axes|axis|sequence")
-def flex_with_ids_of_another_sequence(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-    selected, group, n = scattered(ids, q.shape[2]), q.shape[1] // k.shape[1], q.shape[0]
-    return attend(q, k, v, lambda b, h, i, j: selected[n - 1 - b, h // group, i, j // BLOCK] & (j <= i))
 
 
 @_near_miss("dense attention, not NSA")
@@ -267,9 +268,8 @@ def _with_tables(
     q: Tensor, k: Tensor, v: Tensor, ids: Tensor, change: Callable[[BlockMask, MaskMod], BlockMask]
 ) -> Tensor:
     mask_mod = of_blocks(scattered(ids, q.shape[2]), q.shape[1] // k.shape[1])
-    made = create_block_mask(
-        mask_mod, q.shape[0], q.shape[1], q.shape[2], k.shape[2], device=q.device, BLOCK_SIZE=32
-    )
+    b, h, t, _ = q.shape
+    made = create_block_mask(mask_mod, b, h, t, t, device=q.device, BLOCK_SIZE=32)
     return flex_attention(q, k, v, block_mask=change(made, mask_mod), enable_gqa=True)
 
 

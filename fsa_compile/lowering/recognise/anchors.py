@@ -20,7 +20,7 @@ from . import lookups, values  # their rules register themselves
 from .build import Builder
 from .checkpoints import BodyOf, bodies, with_what_is_outside
 from .evaluate import Evaluator, NotUnderstood
-from .flex import MASK, Flex, bound_flex, require_tables_of_mask_mod, with_mask
+from .flex import MASK, Flex, Outside, bound_flex, require_tables_of_mask_mod, with_mask
 from .prove import prove
 from .region import BLOCKWISE, WRITTEN, Graph, Region, guard_equal, trace
 from .rewrite import rewrite
@@ -92,7 +92,11 @@ def _attribute(graph: fx.Graph, name: str) -> fx.Graph | None:
 
 
 def _recognised(
-    graph: fx.Graph, body_of: BodyOf, originals: Mapping[fx.Node, fx.Node], refused: _Refused
+    graph: fx.Graph,
+    body_of: BodyOf,
+    originals: Mapping[fx.Node, fx.Node],
+    refused: _Refused,
+    outside: Outside | None = None,
 ) -> Iterator[tuple[fx.Graph, fx.Node, Site]]:
     """Sites, each with its graph and its call or softmax.
 
@@ -101,6 +105,7 @@ def _recognised(
         body_of: finds the graphs of checkpointed functions.
         originals: of nodes that were copied into it.
         refused: what was found already.
+        outside: of the body of a checkpointed function.
     """
     state: Graph | None = None
     for anchor, kind, source in list(_anchors(graph)):
@@ -109,7 +114,7 @@ def _recognised(
             state = Graph(graph) if state is None else state
             if kind == _FLEX:
                 state, flex = None, bound_flex(anchor)
-                reason = _replace_flex(graph, flex, refused)
+                reason = _replace_flex(graph, flex, refused, outside)
             else:
                 reason = _replace(state, anchor, kind, refused, originals)
             matched, state = True, None
@@ -125,7 +130,9 @@ def _recognised(
         try:
             state = Graph(graph) if state is None else state
             with with_what_is_outside(state, call, body) as copied:
-                found = list(_recognised(body, body_of, copied, refused)) if copied else []
+                given = dict(zip(body.find_nodes(op="placeholder"), call.args[1:], strict=False))
+                around = Outside(state, call, {**given, **copied})
+                found = list(_recognised(body, body_of, copied, refused, around)) if copied else []
         except NotUnderstood as why:
             log.debug("what a checkpointed function is given is not looked into: %s", why)
         except Exception as error:
@@ -168,7 +175,7 @@ def _products(softmax: fx.Node) -> Iterator[fx.Node]:
         frontier = following
 
 
-def _replace_flex(graph: fx.Graph, flex: Flex, refused: _Refused) -> str:
+def _replace_flex(graph: fx.Graph, flex: Flex, refused: _Refused, outside: Outside | None) -> str:
     """Replace one call of `flex_attention`, by way of a call with a mask; raises `NotUnderstood` where it stays."""
     if flex.key in refused:  # the same BlockMask, in every layer of a model
         raise NotUnderstood(refused[flex.key])
@@ -176,7 +183,7 @@ def _replace_flex(graph: fx.Graph, flex: Flex, refused: _Refused) -> str:
     if fake_mode is None:
         raise NotUnderstood("its operands were not captured")
     try:
-        require_tables_of_mask_mod(Graph(graph), flex, fake_mode)
+        require_tables_of_mask_mod(Graph(graph), flex, outside, fake_mode)
         mask, call = with_mask(graph, flex, fake_mode)
         try:
             new, words = _replacement(Graph(graph), call, _CALL, {}, {})

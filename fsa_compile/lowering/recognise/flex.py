@@ -25,7 +25,7 @@ from .region import Graph, Region, _autocast, guard_equal, trace
 from .vmaps import is_batched
 from .writes import function_name, tensor
 
-__all__ = ["MASK", "Flex", "bound_flex", "require_tables_of_mask_mod", "with_mask"]
+__all__ = ["MASK", "Flex", "Outside", "bound_flex", "require_tables_of_mask_mod", "with_mask"]
 
 MASK = "mask_of_flex_attention"
 
@@ -53,6 +53,7 @@ class Flex:
     scale: float
     mask_mod: fx.GraphModule
     buffers: tuple[Any, ...]  # that the mask_mod takes besides its four indices
+    lengths: tuple[Any, Any]  # that its BlockMask was made for
     tables: tuple[Any, ...]
     block_size: tuple[Any, Any]
     outputs: list[fx.Node]  # that take its first result
@@ -61,6 +62,15 @@ class Flex:
     def key(self) -> frozenset[fx.Node]:
         """The same for the layers that share a BlockMask."""
         return frozenset(x for x in (*self.tables, *self.buffers) if isinstance(x, fx.Node))
+
+
+@dataclass
+class Outside:
+    """Of a call in the body of a checkpointed function: the graph around that, and what the body's nodes are there."""
+
+    graph: Graph
+    call: fx.Node  # of the checkpointed function
+    nodes: dict[fx.Node, Any]
 
 
 def bound_flex(node: fx.Node) -> Flex:
@@ -82,12 +92,10 @@ def bound_flex(node: fx.Node) -> Flex:
         raise NotUnderstood("its scale is not a constant")
     scale *= _factor(score, score_buffers)
     found = Flex(
-        node, q, k, v, scale, mask_mod, tuple(mask_buffers), tuple(tables[2 : 2 + _NUM_TABLES]),
-        (tables[-3], tables[-2]), outputs,
+        node, q, k, v, scale, mask_mod, tuple(mask_buffers), (tables[0], tables[1]),
+        tuple(tables[2 : 2 + _NUM_TABLES]), (tables[-3], tables[-2]), outputs,
     )  # fmt: skip
-    if any(isinstance(x, fx.Node) and x.op in ("placeholder", "get_attr") for x in found.tables):
-        raise NotUnderstood(_OUTSIDE)
-    _require_sizes(found, tables[0], tables[1])
+    _require_sizes(found)
     return found
 
 
@@ -128,7 +136,7 @@ def _factor(score_mod: fx.GraphModule, buffers: Any) -> float:
     return by
 
 
-def _require_sizes(x: Flex, length: Any, length_k: Any) -> None:
+def _require_sizes(x: Flex) -> None:
     """Sizes that `flex_attention` itself requires, and which axes the tables share."""
     q, k, v = (tensor(one) for one in (x.q, x.k, x.v))
     assert q is not None
@@ -136,7 +144,7 @@ def _require_sizes(x: Flex, length: Any, length_k: Any) -> None:
     assert v is not None
     if any(one.dim() != 4 for one in (q, k, v)):
         raise NotUnderstood("its operands do not have four axes")
-    lengths = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in (length, length_k)]
+    lengths = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in x.lengths]
     pairs = [(lengths[0], q.shape[2]), (lengths[1], k.shape[2]), (k.shape[2], v.shape[2])]
     for a, b in (*pairs, (q.shape[0], k.shape[0]), (k.shape[0], v.shape[0])):
         guard_equal(a, b)
@@ -147,7 +155,8 @@ def _require_sizes(x: Flex, length: Any, length_k: Any) -> None:
         raise NotUnderstood(_BY_HAND)
     indices = x.mask_mod.graph.find_nodes(op="placeholder")[:2]
     for n, of, index, name in zip(table.shape, q.shape, indices, ("batch", "head"), strict=False):
-        if _is(n, of) or (_is(n, 1) and not index.users):
+        read = any(function_name(user) not in ("new_ones", "new_zeros") for user in index.users)  # as `and_masks` does
+        if _is(n, of) or (_is(n, 1) and not read):
             continue
         raise NotUnderstood(
             f"its BlockMask has {n} of {of} on the {name} axis, which its mask_mod depends on: give create_block_mask "
@@ -225,33 +234,40 @@ def with_mask(graph: fx.Graph, x: Flex, fake_mode: Any) -> tuple[fx.Node, fx.Nod
 # ---- the tables ----
 
 
-def require_tables_of_mask_mod(graph: Graph, x: Flex, fake_mode: Any) -> None:
+def require_tables_of_mask_mod(graph: Graph, x: Flex, outside: Outside | None, fake_mode: Any) -> None:
     """That the tables are those of `create_block_mask`; raises `NotUnderstood` where that is not proven."""
-    given = [one for one in x.tables if isinstance(one, fx.Node)]
-    wanted = [*given, *(one for one in x.buffers if isinstance(one, fx.Node))]
-    region = graph.behind_tables(x.node, wanted)
-    if not region.nodes:
-        raise NotUnderstood(_BY_HAND)
+    _refuse_autocast(x, graph)
+    anchor = x.node
+    tables, buffers, sizes = x.tables, x.buffers, (*x.lengths, *x.block_size)
+    if outside is not None and any(_is_given(n) or n in outside.nodes for n in tables):
+        graph, anchor = outside.graph, outside.call
+        tables, buffers, sizes = (
+            tuple(outside.nodes.get(n, n) if isinstance(n, fx.Node) else n for n in some)
+            for some in (tables, buffers, sizes)
+        )
+    if any(_is_given(one) for one in tables):
+        raise NotUnderstood(_OUTSIDE)
+    if any(isinstance(n, fx.Node) and n not in graph.order for n in (*tables, *buffers, *sizes)):
+        raise NotUnderstood("a part of its BlockMask is made inside of a checkpointed function and a part outside")
+    given = [one for one in tables if isinstance(one, fx.Node)]
+    wanted = [*given, *(one for one in buffers if isinstance(one, fx.Node))]
+    region = graph.behind_tables(anchor, wanted)
     if any(is_batched(one) for one in map(tensor, region.inputs)):
         raise NotUnderstood("its mask_mod calls something that is not looked through")
-    others = (n for n in (x.q, x.k, *wanted, *x.block_size) if isinstance(n, fx.Node) and n not in region.nodes)
+    others = (n for n in (*wanted, *sizes) if isinstance(n, fx.Node) and n not in region.nodes)
     region = Region(region.nodes, list(dict.fromkeys((*region.inputs, *others))), region.autocast)
 
     def again(known: dict[fx.Node, Any]) -> list[Any]:
-        q, k = known[x.q], known[x.k]
         table = known[given[0]]
-        buffers = tuple(known[one] if isinstance(one, fx.Node) else one for one in x.buffers)
-        options: dict[str, Any] = {}
-        if x.tables[2] is None:
-            options["separate_full_blocks"] = False
+        length, length_k, *block_size = (known[n] if isinstance(n, fx.Node) else n for n in sizes)
+        mask_mod = _mask_mod(x, tuple(known[n] if isinstance(n, fx.Node) else n for n in buffers))
+        options: dict[str, Any] = {} if x.tables[2] is not None else {"separate_full_blocks": False}
         if any(name not in inspect.signature(create_block_mask).parameters for name in options):
             raise NotUnderstood(_BY_HAND)
-        block_size: Any = tuple(known[n] if isinstance(n, fx.Node) else n for n in x.block_size)
         made = create_block_mask(
-            _mask_mod(x, buffers), table.shape[0], table.shape[1], q.shape[2], k.shape[2], q.device, block_size,
-            **options,
-        ).as_tuple()[2 : 2 + _NUM_TABLES]  # fmt: skip
-        if [one is None for one in made] != [one is None for one in x.tables]:
+            mask_mod, table.shape[0], table.shape[1], length, length_k, table.device, tuple(block_size), **options
+        ).as_tuple()[2 : 2 + _NUM_TABLES]
+        if [one is None for one in made] != [one is None for one in tables]:
             raise NotUnderstood(_BY_HAND)
         return [one for one in made if one is not None]
 
@@ -263,6 +279,10 @@ def require_tables_of_mask_mod(graph: Graph, x: Flex, fake_mode: Any) -> None:
         raise NotUnderstood("its block tables are written to in a way that is not looked through")
     if [numbers[n] for n in results[: len(given)]] != [numbers[n] for n in results[len(given) :]]:
         raise NotUnderstood(_BY_HAND)
+
+
+def _is_given(x: Any) -> bool:
+    return isinstance(x, fx.Node) and x.op in ("placeholder", "get_attr")
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -25,6 +25,7 @@ __all__ = [
     "Graph",
     "Region",
     "allowed",
+    "guard_at_most",
     "guard_equal",
     "guard_not_empty",
     "trace",
@@ -352,6 +353,12 @@ def guard_equal(a: Any, b: Any) -> None:
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr != b.node.expr:
         if a.node.has_hint() and b.node.has_hint() and a.node.hint == b.node.hint:
             bool(a == b)
+
+
+def guard_at_most(a: Any, b: Any) -> bool:
+    """A guard that a size is not more than another, if it is not; whether it is there."""
+    hints = [n.node.hint if isinstance(n, torch.SymInt) and n.node.has_hint() else n for n in (a, b)]
+    return all(isinstance(n, int) for n in hints) and hints[0] <= hints[1] and bool(a <= b)
 
 
 def guard_not_empty(size: Any) -> None:
