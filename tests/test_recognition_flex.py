@@ -12,14 +12,26 @@ from typing import Any
 
 import pytest
 import torch
-from corpus import Program, make_inputs
-from corpus.flex import FLEX_NEAR_MISSES, FLEX_POSITIVES, attend, flex_of_scattered_blocks, of_blocks, scattered
-from test_recognition import Captured, _clean, run, some
+import torch.nn.functional as F
+from corpus import BLOCK, Program, make_inputs
+from corpus.flex import (
+    FLEX_NEAR_MISSES,
+    FLEX_POSITIVES,
+    attend,
+    flex_of_compared_ids,
+    flex_of_scattered_blocks,
+    of_blocks,
+    scattered,
+)
+from test_recognition import Captured, _clean, assert_same, results, run, some
 from torch import Tensor, fx
+from torch._inductor import config
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import fsa_compile
+from fsa_compile import lowering
+from fsa_compile.lowering.recognise import flex, recognise_graph
 
 assert _clean  # a fixture that is used by all tests here
 
@@ -130,7 +142,10 @@ def test_autocast(lower: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return flex_of_scattered_blocks(q, k, v, ids)
 
-    x = [one.bfloat16() if lower and one.is_floating_point() else one for one in make_inputs(Program("", fn), 72, requires_grad=False)]
+    x = [
+        one.bfloat16() if lower and one.is_floating_point() else one
+        for one in make_inputs(Program("", fn), 72, requires_grad=False)
+    ]
     backend = Captured()
     got, want = torch.compile(fn, backend=backend, fullgraph=True)(*x), fn(*x)
     assert got.dtype == want.dtype
@@ -159,11 +174,11 @@ def test_a_block_mask_of_outside_of_a_checkpoint(what: str) -> None:
     got = torch.compile(fn, backend=backend, fullgraph=True)(*x)
     torch.testing.assert_close(got, fn(*x), atol=1e-5, rtol=1e-5)
     assert backend.calls == (0 if what == "other ids" else 2), backend.sites
+    if what == "other ids":
+        assert all("what create_block_mask makes of its mask_mod" in site.reason for site in backend.sites[-2:])
 
 
 def test_what_goes_wrong_inside_leaves_vmap_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fsa_compile.lowering.recognise import flex
-
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("broken on purpose")
 
@@ -176,13 +191,11 @@ def test_what_goes_wrong_inside_leaves_vmap_as_it_was(monkeypatch: pytest.Monkey
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         before.append(str(gm.graph))
-        (site,) = lowering_of(gm.graph)
+        (site,) = recognise_graph(gm.graph)
         after.append(str(gm.graph))
         assert "broken on purpose" in site.reason
         assert torch._C._functorch.maybe_current_level() is None
         return gm.forward
-
-    from fsa_compile.lowering.recognise import recognise_graph as lowering_of
 
     for name in ("create_block_mask", "create_mask", "_numbered"):
         torch._dynamo.reset()
@@ -191,6 +204,41 @@ def test_what_goes_wrong_inside_leaves_vmap_as_it_was(monkeypatch: pytest.Monkey
             graph_of(backend)
     assert before == after
     assert len(before) == 3
+
+
+@pytest.mark.parametrize("name", ["flex_of_scattered_blocks", "flex_of_token_mask", "flex_of_window"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_training(name: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured as a device shows it that has a backward; gradients are those of the mask without FlexAttention."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda q, k, v: None)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        t = q.shape[2]
+        i = torch.arange(t)
+        mask = i[:, None] >= i
+        chosen = scattered(ids, t).repeat_interleave(BLOCK, -1)[..., :t].repeat_interleave(2, 1)
+        mask = mask & (i[:, None] - i < 20) if name == "flex_of_window" else mask & chosen
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    backend = Captured()
+    with torch.enable_grad():
+        compiled = torch.compile(FLEX_POSITIVES[name].fn, backend=backend, fullgraph=True)
+        for length in LENGTHS if dynamic else LENGTHS[:1]:
+            x = make_inputs(FLEX_POSITIVES[name], length, requires_grad=True)
+            for one in x if dynamic else ():
+                torch._dynamo.maybe_mark_dynamic(one, 2)
+            assert_same(results(compiled, x, True), results(reference, x, True))
+    assert [site.matched for site in backend.sites] == [True], backend.sites
+
+
+def test_whole_compiler() -> None:
+    x = make_inputs(Program("", flex_of_compared_ids), 72, requires_grad=False)
+    with config.patch(force_disable_caches=True), lowering.collect_sites() as sites:
+        got = torch.compile(flex_of_compared_ids, fullgraph=True)(*x)
+    assert_same([got], [flex_of_compared_ids(*x)])
+    found = {site.op: site for site in sites}
+    assert found["flex_attention"].matched
+    assert "fsa::selected_attention" in found
 
 
 def test_no_mask_is_left() -> None:

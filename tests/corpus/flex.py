@@ -217,6 +217,25 @@ def flex_windowed(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return attend(q, k, v, and_masks(mask_mod, lambda b, h, i, j: i - j < 40))
 
 
+@_near_miss("not made of a list of block ids")
+def flex_of_documents(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    document = ids[:, 0, :, 0].contiguous()
+    return attend(q, k, v, lambda b, h, i, j: (document[b, i] == document[b, j]) & (i >= j))
+
+
+@_near_miss("not causal token by token")
+def flex_of_a_causal_mask_in_blocks(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    """Whole blocks are seen as soon as they begin."""
+    selected, group = scattered(ids, q.shape[2]), q.shape[1] // k.shape[1]
+    return attend(q, k, v, lambda b, h, i, j: selected[b, h // group, i, j // BLOCK] & (j // BLOCK <= i // BLOCK))
+
+
+@_near_miss("hides keys otherwise")
+def flex_with_a_given_token_mask(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    mask_mod, seen = of_blocks(scattered(ids, q.shape[2]), q.shape[1] // k.shape[1]), v[:, 0, :, 0] > -1.0
+    return attend(q, k, v, lambda b, h, i, j: mask_mod(b, h, i, j) & seen[b, j])
+
+
 @_near_miss("dense attention, not NSA")
 def flex_only_causal(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return attend(q, k, v, causal_mod)

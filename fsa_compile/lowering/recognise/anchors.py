@@ -20,7 +20,7 @@ from . import lookups, values  # their rules register themselves
 from .build import Builder
 from .checkpoints import BodyOf, bodies, with_what_is_outside
 from .evaluate import Evaluator, NotUnderstood
-from .flex import MASK, Flex, Outside, bound_flex, require_tables_of_mask_mod, with_mask
+from .flex import MASK, Flex, Outside, bound_flex, key_of, require_tables_of_mask_mod, with_mask
 from .prove import prove
 from .region import BLOCKWISE, WRITTEN, Graph, Region, guard_equal, trace
 from .rewrite import rewrite
@@ -177,8 +177,9 @@ def _products(softmax: fx.Node) -> Iterator[fx.Node]:
 
 def _replace_flex(graph: fx.Graph, flex: Flex, refused: _Refused, outside: Outside | None) -> str:
     """Replace one call of `flex_attention`, by way of a call with a mask; raises `NotUnderstood` where it stays."""
-    if flex.key in refused:  # the same BlockMask, in every layer of a model
-        raise NotUnderstood(refused[flex.key])
+    key = key_of(flex, outside)
+    if key in refused:  # the same BlockMask, in every layer of a model
+        raise NotUnderstood(refused[key])
     fake_mode = getattr(tensor(flex.q), "fake_mode", None)
     if fake_mode is None:
         raise NotUnderstood("its operands were not captured")
@@ -191,7 +192,7 @@ def _replace_flex(graph: fx.Graph, flex: Flex, refused: _Refused, outside: Outsi
             graph.erase_node(call)
             graph.erase_node(mask)
     except NotUnderstood as why:
-        refused[flex.key] = str(why)
+        refused[key] = str(why)
         raise
     for output in flex.outputs:
         output.replace_all_uses_with(new)

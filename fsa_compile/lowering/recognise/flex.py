@@ -25,7 +25,7 @@ from .region import Graph, Region, _autocast, guard_equal, trace
 from .vmaps import is_batched
 from .writes import function_name, tensor
 
-__all__ = ["MASK", "Flex", "Outside", "bound_flex", "require_tables_of_mask_mod", "with_mask"]
+__all__ = ["MASK", "Flex", "Outside", "bound_flex", "key_of", "require_tables_of_mask_mod", "with_mask"]
 
 MASK = "mask_of_flex_attention"
 
@@ -37,8 +37,8 @@ _OUTSIDE = (
     "create_block_mask inside of it, with the ids as its input"
 )
 _BY_HAND = (
-    "its BlockMask is not provably what create_block_mask makes of its mask_mod: block tables decide where the mask_mod "
-    "counts, so make them with create_block_mask, of the same mask_mod and tensors"
+    "its BlockMask is not provably what create_block_mask makes of its mask_mod: block tables decide where the "
+    "mask_mod counts, so make them with create_block_mask, of the same mask_mod and tensors"
 )
 
 
@@ -58,11 +58,6 @@ class Flex:
     block_size: tuple[Any, Any]
     outputs: list[fx.Node]  # that take its first result
 
-    @property
-    def key(self) -> frozenset[fx.Node]:
-        """The same for the layers that share a BlockMask."""
-        return frozenset(x for x in (*self.tables, *self.buffers) if isinstance(x, fx.Node))
-
 
 @dataclass
 class Outside:
@@ -71,6 +66,15 @@ class Outside:
     graph: Graph
     call: fx.Node  # of the checkpointed function
     nodes: dict[fx.Node, Any]
+
+    def of(self, some: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(self.nodes.get(x, x) if isinstance(x, fx.Node) else x for x in some)
+
+
+def key_of(x: Flex, outside: Outside | None) -> frozenset[fx.Node]:
+    """The same for the layers that share a BlockMask."""
+    some = (*x.tables, *x.buffers)
+    return frozenset(n for n in (some if outside is None else outside.of(some)) if isinstance(n, fx.Node))
 
 
 def bound_flex(node: fx.Node) -> Flex:
@@ -223,7 +227,7 @@ def with_mask(graph: fx.Graph, x: Flex, fake_mode: Any) -> tuple[fx.Node, fx.Nod
         q, k = tensor(x.q), tensor(x.k)
         assert q is not None
         assert k is not None
-        options = {"scale": x.scale, "enable_gqa": not _is(q.shape[1], k.shape[1])}
+        options: dict[str, Any] = {"scale": x.scale, "enable_gqa": not _is(q.shape[1], k.shape[1])}
         call = graph.call_function(F.scaled_dot_product_attention, (x.q, x.k, x.v, made), options)
     made.meta["example_value"] = value
     call.meta.update(x.node.meta)
@@ -241,10 +245,7 @@ def require_tables_of_mask_mod(graph: Graph, x: Flex, outside: Outside | None, f
     tables, buffers, sizes = x.tables, x.buffers, (*x.lengths, *x.block_size)
     if outside is not None and any(_is_given(n) or n in outside.nodes for n in tables):
         graph, anchor = outside.graph, outside.call
-        tables, buffers, sizes = (
-            tuple(outside.nodes.get(n, n) if isinstance(n, fx.Node) else n for n in some)
-            for some in (tables, buffers, sizes)
-        )
+        tables, buffers, sizes = map(outside.of, (tables, buffers, sizes))
     if any(_is_given(one) for one in tables):
         raise NotUnderstood(_OUTSIDE)
     if any(isinstance(n, fx.Node) and n not in graph.order for n in (*tables, *buffers, *sizes)):

@@ -159,9 +159,7 @@ class Graph:
         while pending:
             node, pools = pending.pop()
             pools = pools and function_name(node) not in _ATTENTION
-            if node in inside or (
-                node is not anchor and not may_be_looked_into(node) and not (pools and _pools(node))
-            ):
+            if node in inside or (node is not anchor and not may_be_looked_into(node) and not (pools and _pools(node))):
                 continue
             if self.grad_modes[node] != self.grad_modes[anchor] and _needs_grad(node):
                 continue  # made again at the anchor, it would have a gradient
@@ -291,7 +289,10 @@ def _is_mask_like(node: fx.Node) -> bool:
 
 
 def trace(
-    region: Region, results: Iterable[fx.Node], fake_mode: Any, more: Callable[[dict[fx.Node, Any]], list[Any]] | None = None
+    region: Region,
+    results: Iterable[fx.Node],
+    fake_mode: Any,
+    more: Callable[[dict[fx.Node, Any]], list[Any]] | None = None,
 ) -> fx.GraphModule:
     """The region as functional ATen: a graph of `inputs` that gives `results`, each with its fake value in `val`.
 
