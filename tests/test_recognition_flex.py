@@ -23,6 +23,7 @@ from corpus.flex import (
     of_blocks,
     scattered,
 )
+from corpus.positives import causal
 from test_recognition import Captured, _clean, assert_same, results, run, some
 from torch import Tensor, fx
 from torch._inductor import config
@@ -275,3 +276,21 @@ def test_many_ids() -> None:
 
     backend = run(Program("fn", fn), False, LENGTHS)
     assert [site.matched for site in backend.sites] == [True], backend.sites
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_vmap_beside_plain_attention(writes: bool) -> None:
+    """What it writes to is told, be it a tensor of its own or the mask."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        chosen = scattered(ids, q.shape[2])
+        if writes:
+            torch.vmap(lambda one: one.logical_not_())(chosen)
+        ones = torch.vmap(lambda row: torch.zeros_like(row).add_(1))(q)
+        mask = chosen.repeat_interleave(BLOCK, -1)[..., : q.shape[2]] & causal(q.shape[2])
+        return F.scaled_dot_product_attention(q * ones, k, v, mask.repeat_interleave(2, 1), enable_gqa=True)
+
+    x = make_inputs(Program("", fn), 72, requires_grad=False)
+    backend = Captured()
+    assert_same([torch.compile(fn, backend=backend, fullgraph=True)(*x)], [fn(*x)])
+    assert [site.matched for site in backend.sites] == [not writes], backend.sites

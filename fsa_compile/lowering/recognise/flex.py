@@ -22,14 +22,13 @@ from torch.overrides import TorchFunctionMode
 
 from .evaluate import NotUnderstood
 from .region import Graph, Region, _autocast, guard_equal, trace
-from .vmaps import is_batched
 from .writes import function_name, tensor
 
 __all__ = ["MASK", "Flex", "Outside", "bound_flex", "key_of", "require_tables_of_mask_mod", "with_mask"]
 
 MASK = "mask_of_flex_attention"
 
-_COMPARISONS = frozenset("lt le gt ge".split())
+_COMPARISONS = frozenset("lt le gt ge less less_equal greater greater_equal abs".split())
 _NO_BLOCKS = 1 << 30  # a block size: there is one block, as there is no BlockMask
 _NUM_TABLES = 8
 _OUTSIDE = (
@@ -79,7 +78,7 @@ def key_of(x: Flex, outside: Outside | None) -> frozenset[fx.Node]:
 
 def bound_flex(node: fx.Node) -> Flex:
     """The call's parts; raises `NotUnderstood` where they alone tell that it is not to be replaced."""
-    q, k, v, score_mod, tables, scale, _, score_buffers, mask_buffers = _arguments(node)
+    q, k, v, score_mod, tables, scale, _, _, mask_buffers = _arguments(node)
     outputs = [user for user in node.users if function_name(user) == "getitem" and user.args[1] == 0]
     if any(user not in outputs and (user.users or function_name(user) != "getitem") for user in node.users):
         raise NotUnderstood("its log-sum-exp or its maximum is used too")
@@ -94,7 +93,7 @@ def bound_flex(node: fx.Node) -> Flex:
         raise NotUnderstood("dense attention, not NSA: nothing in its mask_mod is made of block ids, nor is it a band")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise NotUnderstood("its scale is not a constant")
-    scale *= _factor(score, score_buffers)
+    scale *= _factor(score)
     found = Flex(
         node, q, k, v, scale, mask_mod, tuple(mask_buffers), (tables[0], tables[1]),
         tuple(tables[2 : 2 + _NUM_TABLES]), (tables[-3], tables[-2]), outputs,
@@ -119,7 +118,7 @@ def _arguments(node: fx.Node) -> list[Any]:
     return list(found.values())
 
 
-def _factor(score_mod: fx.GraphModule, buffers: Any) -> float:
+def _factor(score_mod: fx.GraphModule) -> float:
     """What a score_mod multiplies scores by, if it does nothing else."""
     given = score_mod.graph.find_nodes(op="placeholder")
     (output,) = score_mod.graph.find_nodes(op="output")
@@ -253,8 +252,6 @@ def require_tables_of_mask_mod(graph: Graph, x: Flex, outside: Outside | None, f
     given = [one for one in tables if isinstance(one, fx.Node)]
     wanted = [*given, *(one for one in buffers if isinstance(one, fx.Node))]
     region = graph.behind_tables(anchor, wanted)
-    if any(is_batched(one) for one in map(tensor, region.inputs)):
-        raise NotUnderstood("its mask_mod calls something that is not looked through")
     others = (n for n in (*wanted, *sizes) if isinstance(n, fx.Node) and n not in region.nodes)
     region = Region(region.nodes, list(dict.fromkeys((*region.inputs, *others))), region.autocast)
 

@@ -199,6 +199,8 @@ class Graph:
         for storage, use in first_use.items():
             if any(use <= self.order[w] < last for w in self.writes.get(storage, ())):
                 raise NotUnderstood("one of its inputs is written to in place before it")
+        if any(is_batched(tensor(x)) for x in inputs):
+            raise NotUnderstood("a part of it is made under torch.vmap in a way that is not looked through")
         context = [args for _, _, args in self.autocast_around(anchor)]
         return Region(nodes, list(inputs), context, cut)
 
