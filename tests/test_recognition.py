@@ -202,7 +202,9 @@ def module_results(fn: Any, model: torch.nn.Module, x: Tensor) -> list[Tensor]:
     return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("how", ["plain", "autocast", "autocast inside", "checkpoint", "bfloat16"])
+@pytest.mark.parametrize(
+    "how", ["plain", "autocast", "autocast inside", "no autocast inside", "checkpoint", "bfloat16"]
+)
 def test_a_model_is_recognised(how: str) -> None:
     torch.manual_seed(0)
     model = Block()
@@ -216,6 +218,9 @@ def test_a_model_is_recognised(how: str) -> None:
         if how == "autocast inside":
             with torch.autocast("cpu", torch.bfloat16):
                 return model(x)
+        if how == "no autocast inside":
+            with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+                return model(x)
         return model(x)
 
     backend = Captured()
@@ -224,7 +229,7 @@ def test_a_model_is_recognised(how: str) -> None:
         got, want = module_results(compiled, model, x), module_results(call, model, x)
     assert [site.matched for site in backend.sites] == [True], backend.sites
     assert backend.calls == 1
-    exact = how in ("plain", "checkpoint")
+    exact = how in ("plain", "no autocast inside", "checkpoint")
     for g, w in zip(got, want, strict=True):
         assert g.dtype == w.dtype
         error = (g.float() - w.float()).norm() / w.float().norm().clamp(min=1e-6)

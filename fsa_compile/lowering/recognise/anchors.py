@@ -20,6 +20,7 @@ from . import lookups, values  # their rules register themselves
 from .build import Builder
 from .checkpoints import BodyOf, bodies, with_what_is_outside
 from .evaluate import Evaluator, NotUnderstood
+from .flex import MASK, Flex, Outside, bound_flex, key_of, require_tables_of_mask_mod, with_mask
 from .prove import prove
 from .region import BLOCKWISE, WRITTEN, Graph, Region, guard_equal, trace
 from .rewrite import rewrite
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 assert lookups, values
 
 _CALL = "scaled_dot_product_attention"
+_FLEX = "flex_attention"
 _SOFTMAX = "softmax, then matmul"
 _PRODUCTS = frozenset(("matmul", "bmm", "einsum", "__matmul__", "baddbmm"))
 _BETWEEN = frozenset(
@@ -90,7 +92,11 @@ def _attribute(graph: fx.Graph, name: str) -> fx.Graph | None:
 
 
 def _recognised(
-    graph: fx.Graph, body_of: BodyOf, originals: Mapping[fx.Node, fx.Node], refused: _Refused
+    graph: fx.Graph,
+    body_of: BodyOf,
+    originals: Mapping[fx.Node, fx.Node],
+    refused: _Refused,
+    outside: Outside | None = None,
 ) -> Iterator[tuple[fx.Graph, fx.Node, Site]]:
     """Sites, each with its graph and its call or softmax.
 
@@ -99,13 +105,18 @@ def _recognised(
         body_of: finds the graphs of checkpointed functions.
         originals: of nodes that were copied into it.
         refused: what was found already.
+        outside: of the body of a checkpointed function.
     """
     state: Graph | None = None
     for anchor, kind, source in list(_anchors(graph)):
         matched, reason = False, ""
         try:
             state = Graph(graph) if state is None else state
-            reason = _replace(state, anchor, kind, refused, originals)
+            if kind == _FLEX:
+                state, flex = None, bound_flex(anchor)
+                reason = _replace_flex(graph, flex, refused, outside)
+            else:
+                reason = _replace(state, anchor, kind, refused, originals)
             matched, state = True, None
         except NotUnderstood as why:
             reason = str(why)
@@ -119,7 +130,9 @@ def _recognised(
         try:
             state = Graph(graph) if state is None else state
             with with_what_is_outside(state, call, body) as copied:
-                found = list(_recognised(body, body_of, copied, refused)) if copied else []
+                given = dict(zip(body.find_nodes(op="placeholder"), call.args[1:], strict=False))
+                around = Outside(state, call, {**given, **copied})
+                found = list(_recognised(body, body_of, copied, refused, around)) if copied else []
         except NotUnderstood as why:
             log.debug("what a checkpointed function is given is not looked into: %s", why)
         except Exception as error:
@@ -136,6 +149,8 @@ def _anchors(graph: fx.Graph) -> Iterator[tuple[fx.Node, str, fx.Node]]:
         name = function_name(node)
         if name == _CALL:
             yield node, _CALL, node
+        elif name == _FLEX and node.op == "call_function":
+            yield node, _FLEX, node
         elif name == "softmax":
             for product in _products(node):
                 yield product, _SOFTMAX, node
@@ -160,12 +175,49 @@ def _products(softmax: fx.Node) -> Iterator[fx.Node]:
         frontier = following
 
 
+def _replace_flex(graph: fx.Graph, flex: Flex, refused: _Refused, outside: Outside | None) -> str:
+    """Replace one call of `flex_attention`, by way of a call with a mask; raises `NotUnderstood` where it stays."""
+    key = key_of(flex, outside)
+    if key in refused:  # the same BlockMask, in every layer of a model
+        raise NotUnderstood(refused[key])
+    fake_mode = getattr(tensor(flex.q), "fake_mode", None)
+    if fake_mode is None:
+        raise NotUnderstood("its operands were not captured")
+    try:
+        require_tables_of_mask_mod(Graph(graph), flex, outside, fake_mode)
+        mask, call = with_mask(graph, flex, fake_mode)
+        try:
+            new, words = _replacement(Graph(graph), call, _CALL, {}, {})
+        finally:
+            graph.erase_node(call)
+            graph.erase_node(mask)
+    except NotUnderstood as why:
+        refused[key] = str(why)
+        raise
+    for output in flex.outputs:
+        output.replace_all_uses_with(new)
+    for user in list(flex.node.users):
+        graph.erase_node(user)
+    graph.erase_node(flex.node)
+    return words
+
+
 def _replace(graph: Graph, anchor: fx.Node, kind: str, refused: _Refused, originals: Mapping[fx.Node, fx.Node]) -> str:
     """Replace one anchor; raises `NotUnderstood` where it stays."""
+    new, words = _replacement(graph, anchor, kind, refused, originals)
+    anchor.replace_all_uses_with(new)
+    anchor.graph.erase_node(anchor)
+    return words
+
+
+def _replacement(
+    graph: Graph, anchor: fx.Node, kind: str, refused: _Refused, originals: Mapping[fx.Node, fx.Node]
+) -> tuple[fx.Node, str]:
+    """What gives what the anchor gives, and words about it; raises `NotUnderstood` where it stays."""
     call = _bound_call(anchor) if kind == _CALL else None
     region = graph.region(anchor)
     compared: frozenset[fx.Node] | None = None
-    if not region.names() & BLOCKWISE:
+    if not region.names() & (BLOCKWISE | {MASK}):
         compared = frozenset(originals.get(node, node) for node in region.horizons())
         if not region.may_be_a_band():
             dense = "dense attention, not NSA: nothing in its mask is made of block ids, nor is it a band"
@@ -185,13 +237,10 @@ def _replace(graph: Graph, anchor: fx.Node, kind: str, refused: _Refused, origin
         raise
     builder = Builder(ev, anchor, region, traced, fake_mode)
     try:
-        new, words = rewrite(proof, builder, graph)
+        return rewrite(proof, builder, graph)
     except BaseException:
         builder.undo()
         raise
-    anchor.replace_all_uses_with(new)
-    anchor.graph.erase_node(anchor)
-    return words
 
 
 def _pieces(

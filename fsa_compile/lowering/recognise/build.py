@@ -11,7 +11,7 @@ from torch import fx
 
 from .evaluate import Evaluator, NotUnderstood, joined
 from .index import Div, Mod, Poly, Size, Var, is_nonneg, variables
-from .region import Region, _autocast
+from .region import Region, _autocast, guard_at_most
 from .terms import And, Apply, At, Const, Equal, Int, NonNeg, Not, Or, Term
 
 __all__ = ["Builder"]
@@ -142,6 +142,10 @@ class Builder:
             total = total * v.size
         if digits[0] == 0 and total == self.ev.size(size):
             return x
+        if digits[0] == 0 and total.constant is None:
+            length = self.length(total)
+            if guard_at_most(self.fake(length), size):
+                return self.make(torch.narrow, x, dim, 0, length)
         if total.constant is None or not isinstance(size, int) or digits[0] + total.constant > size:
             raise NotUnderstood("an operand is a part of a tensor whose size changes")
         return self.make(torch.narrow, x, dim, digits[0], total.constant)

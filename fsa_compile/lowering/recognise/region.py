@@ -16,6 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .evaluate import NotUnderstood
+from .vmaps import BATCHED, Levels, is_batched, is_level
 from .writes import function_name, storage_of, tensor, written
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Graph",
     "Region",
     "allowed",
+    "guard_at_most",
     "guard_equal",
     "guard_not_empty",
     "trace",
@@ -36,7 +38,7 @@ _MOVES = """
     unsqueeze squeeze flatten unflatten contiguous clone repeat tile repeat_interleave getitem narrow select
     flip roll index_select gather take_along_dim unbind split chunk tensor_split cat concat stack hstack pad diff
     rearrange broadcast_to adjoint getattr __getitem__ dropout
-    slice alias index lift_fresh_copy
+    slice alias index lift_fresh_copy mask_of_flex_attention
 """
 _MAKES = """
     zeros ones full empty arange zeros_like ones_like full_like new_zeros new_ones new_full tensor scalar_tensor
@@ -108,8 +110,9 @@ class Graph:
                 else:
                     self.writes.setdefault(storage, []).append(node)
         self.autocast += [(i, len(self.order), node.args) for node, i in open_.items()]
+        self.autocast.sort(key=lambda one: one[0])  # the innermost counts: it is entered last
 
-    def _autocast_around(self, node: fx.Node) -> list[tuple[int, int, tuple[Any, ...]]]:
+    def autocast_around(self, node: fx.Node) -> list[tuple[int, int, tuple[Any, ...]]]:
         return [(begin, end, args) for begin, end, args in self.autocast if begin < self.order[node] < end]
 
     def is_written(self, node: fx.Node) -> bool:
@@ -130,27 +133,43 @@ class Graph:
         """What operands of a call are made of, as they are when it is made."""
         return self._cut(call, operands)
 
-    def _cut(self, anchor: fx.Node, roots: list[fx.Node], pooling: bool = False) -> Region:
+    def behind_tables(self, call: fx.Node, operands: list[fx.Node]) -> Region:
+        """The same of operands that `vmap` may have made, with its levels: enough to run it, not to look into it."""
+        region = self._cut(call, operands, may_be_run=_may_be_run)
+        levels = [node for node in self.order if is_level(node) and self.order[node] < self.order[call]]
+        region.nodes = sorted((*region.nodes, *levels), key=self.order.__getitem__)
+        sizes = (x for node in levels for x in node.all_input_nodes)
+        region.inputs = list(dict.fromkeys((*region.inputs, *(x for x in sizes if x not in region.nodes))))
+        return region
+
+    def _cut(
+        self,
+        anchor: fx.Node,
+        roots: list[fx.Node],
+        pooling: bool = False,
+        may_be_run: Callable[[fx.Node], bool] | None = None,
+    ) -> Region:
+        may_be_looked_into = allowed if may_be_run is None else may_be_run
         last, outside = self.order[anchor], roots != [anchor]
         if any(self.order[node] < last for node in self.unknown_writes):
             raise NotUnderstood("something before it writes to a tensor that cannot be told")
         inside: set[fx.Node] = set()
         cut = False
-        pending, around = [(node, pooling) for node in roots], self._autocast_around(anchor)
+        pending, around = [(node, pooling) for node in roots], self.autocast_around(anchor)
         while pending:
             node, pools = pending.pop()
             pools = pools and function_name(node) not in _ATTENTION
-            if node in inside or (node is not anchor and not allowed(node) and not (pools and _pools(node))):
+            if node in inside or (node is not anchor and not may_be_looked_into(node) and not (pools and _pools(node))):
                 continue
             if self.grad_modes[node] != self.grad_modes[anchor] and _needs_grad(node):
                 continue  # made again at the anchor, it would have a gradient
             if outside and getattr(tensor(node), "requires_grad", False):
                 continue
-            if self._autocast_around(node) != around:
+            if self.autocast_around(node) != around:
                 continue
             touched = {storage_of(node), *map(storage_of, written(node))} - {None}
             if node is not anchor and any(
-                self.order[w] < last and not self._is_clear(w, around)
+                self.order[w] < last and not (may_be_looked_into(w) and self.autocast_around(w) == around)
                 for storage in touched
                 for w in self.writes.get(storage, ())  # type: ignore[arg-type]
             ):
@@ -180,12 +199,10 @@ class Graph:
         for storage, use in first_use.items():
             if any(use <= self.order[w] < last for w in self.writes.get(storage, ())):
                 raise NotUnderstood("one of its inputs is written to in place before it")
-        context = [args for _, _, args in self._autocast_around(anchor)]
+        if any(is_batched(tensor(x)) for x in inputs):
+            raise NotUnderstood("a part of it is made under torch.vmap in a way that is not looked through")
+        context = [args for _, _, args in self.autocast_around(anchor)]
         return Region(nodes, list(inputs), context, cut)
-
-    def _is_clear(self, write: fx.Node, around: Any) -> bool:
-        """Whether a write is looked through, so that what it writes to is that of before."""
-        return allowed(write) and self._autocast_around(write) == around
 
     def _refuse_other_writes(self, nodes: list[fx.Node], last: int) -> None:
         """A write that was left out would be forgotten, but where it comes before all that is looked at."""
@@ -252,6 +269,14 @@ def allowed(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method")
 
 
+def _may_be_run(node: fx.Node) -> bool:
+    """Whether a node may be part of how block tables are made: of those made under `vmap`, any that gives a tensor."""
+    found = tensor(node)
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    made = is_batched(found) or function_name(node) in BATCHED | {"argsort"}
+    return allowed(node) or (node.op in ("call_function", "call_method") and made and not random)
+
+
 def _pools(node: fx.Node) -> bool:
     return function_name(node) in _POOLS and tensor(node) is not None
 
@@ -265,25 +290,29 @@ def _is_mask_like(node: fx.Node) -> bool:
     return not _needs_grad(node)
 
 
-def trace(region: Region, results: Iterable[fx.Node], fake_mode: Any) -> fx.GraphModule:
-    """The region as functional ATen: a graph of `inputs` that gives `results`, each with its fake value in `val`."""
+def trace(
+    region: Region,
+    results: Iterable[fx.Node],
+    fake_mode: Any,
+    more: Callable[[dict[fx.Node, Any]], list[Any]] | None = None,
+) -> fx.GraphModule:
+    """The region as functional ATen: a graph of `inputs` that gives `results`, each with its fake value in `val`.
+
+    Args:
+        region: what is traced.
+        results: of its nodes and inputs, those wanted.
+        fake_mode: that it was captured with.
+        more: makes further results of what all nodes gave.
+    """
     wanted = list(results)
 
     def run(*values: Any) -> Any:
         known: dict[fx.Node, Any] = dict(zip(region.inputs, values, strict=True))
-        for node in region.nodes:
-            if node in known:
-                continue
-            args: Any = fx.node.map_arg(node.args, known.__getitem__)
-            kwargs: Any = fx.node.map_arg(node.kwargs, known.__getitem__)
-            if function_name(node).strip("_") in _NAMED:  # these have no functional form of their own
-                known[node] = _NAMED[function_name(node).strip("_")](*args, **kwargs)
-            elif node.op == "call_method":
-                known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                assert callable(node.target)
-                known[node] = node.target(*args, **kwargs)
-        return [known[node] for node in wanted]
+        with Levels() as levels:
+            for node in region.nodes:
+                if node not in known:
+                    known[node] = _run(node, known, levels)
+        return [known[node] for node in wanted] + (more(known) if more is not None else [])
 
     fn: Callable[..., Any] = torch.func.functionalize(run, remove="mutations")
     values = []
@@ -297,6 +326,19 @@ def trace(region: Region, results: Iterable[fx.Node], fake_mode: Any) -> fx.Grap
         traced = make_fx(fn, tracing_mode="real")(*values)
     _guard_scattered_rows(traced)
     return traced
+
+
+def _run(node: fx.Node, known: dict[fx.Node, Any], levels: Levels) -> Any:
+    args: Any = fx.node.map_arg(node.args, known.__getitem__)
+    kwargs: Any = fx.node.map_arg(node.kwargs, known.__getitem__)
+    if (found := levels.call(node, args)) is not NotImplemented:
+        return found
+    if function_name(node).strip("_") in _NAMED:  # these have no functional form of their own
+        return _NAMED[function_name(node).strip("_")](*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
 
 
 def _guard_scattered_rows(traced: fx.GraphModule) -> None:
@@ -314,6 +356,12 @@ def guard_equal(a: Any, b: Any) -> None:
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr != b.node.expr:
         if a.node.has_hint() and b.node.has_hint() and a.node.hint == b.node.hint:
             bool(a == b)
+
+
+def guard_at_most(a: Any, b: Any) -> bool:
+    """A guard that a size is not more than another, if it is not; whether it is there."""
+    hints = [n.node.hint if isinstance(n, torch.SymInt) and n.node.has_hint() else n for n in (a, b)]
+    return all(isinstance(n, int) for n in hints) and hints[0] <= hints[1] and bool(a <= b)
 
 
 def guard_not_empty(size: Any) -> None:

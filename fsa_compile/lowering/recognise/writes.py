@@ -39,6 +39,8 @@ def tensor(node: Any) -> torch.Tensor | None:
 
 def storage_of(node: Any) -> int | None:
     found = tensor(node)
+    while found is not None and torch._C._functorch.is_batchedtensor(found):  # inside of `vmap`
+        found = torch._C._functorch.get_unwrapped(found)
     return None if found is None else found.untyped_storage()._cdata
 
 
