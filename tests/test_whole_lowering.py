@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fsa_compile
 from fsa_compile import lowering
+from fsa_compile.lowering import expand
 from fsa_compile.testing.fake_gpu import Harness
 
 STAGES = ["mean_compress"] * 2 + ["compressed_attention", "select_blocks", "sliding_window_attention"]
@@ -161,3 +162,13 @@ def test_an_exported_compression_needs_no_size_of_its_own() -> None:
     code = harness.emit_exported(Exported(), *inputs(harness, False), dynamic_shapes=shapes)
     assert "compression" in [name for name, _ in emitted(code)]
     assert not re.search(r"\bu\d+\b", re.sub("#.*", "", code))
+
+
+def test_deltas_that_cannot_be_moved_break_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(graph: torch.fx.Graph) -> None:
+        raise RuntimeError("cannot be moved")
+
+    monkeypatch.setattr(expand, "take_deltas_early", fail)
+    harness = Harness()
+    code = harness.emit(lambda q, k: fsa_compile.sliding_window_attention(q, k, k)[0], *inputs(harness, False)[:2])
+    assert [name for name, _ in emitted(code)] == ["banded"]

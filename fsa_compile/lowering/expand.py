@@ -54,7 +54,10 @@ def expand_graph(graph: fx.Graph) -> None:
             site = _site(node, False, reason=f"not lowered: {type(error).__name__}: {error}")
         log.info("%s", site)
         report(site)
-    take_deltas_early(graph)
+    try:
+        take_deltas_early(graph)
+    except Exception as error:
+        log.warning("deltas stay where they are: %s: %s", type(error).__name__, error, exc_info=True)
 
 
 def _rules() -> dict[Any, Rule]:
