@@ -170,5 +170,7 @@ def test_deltas_that_cannot_be_moved_break_nothing(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(expand, "take_deltas_early", fail)
     harness = Harness()
-    code = harness.emit(lambda q, k: fsa_compile.sliding_window_attention(q, k, k)[0], *inputs(harness, False)[:2])
+    code = harness.emit(
+        lambda q, k: fsa_compile.sliding_window_attention(q, k, k, window_size=64)[0], *inputs(harness, False)[:2]
+    )
     assert [name for name, _ in emitted(code)] == ["banded"]
