@@ -135,22 +135,23 @@ _BLOCKS_PER_TILE = 4
 _SORTED = 24 * E  # bytes, while the lists are sorted
 
 
-def _walk(union: Expr, *written: Expr, name: str = "query-tile", kernel: str = "query-tile") -> Pass:
-    """Query tiles that attend to so many blocks each. ``written``: the width of dq, if that is what they write."""
-    dq = bool(written)
-    (width,) = written or (DV,)
+def _walk(
+    name: str, union: Expr, multiplied: Expr = D + DV, rows: tuple[Expr, ...] = (D, DV), statistics: int = 4
+) -> Pass:
+    """Query tiles that attend to ``union`` blocks each.
+
+    multiplied: widths of a key's products with a row. rows, statistics: widths of what is read and written by row, and
+    bytes of its numbers.
+    """
     keys = _tiles * union * bs
-    multiplied = keys + _tiles * (_KEYS_PER_BLOCK * union + _BLOCKS_PER_TILE * bs)
+    reckoned = keys + _tiles * (_KEYS_PER_BLOCK * union + _BLOCKS_PER_TILE * bs)
     return Pass(
         name,
         "each tile of neighbouring tokens walks the union of their blocks; a token uses those that it selected",
-        flops=2 * multiplied * N_t * G * (D + DV + (D if dq else 0)),
+        flops=2 * reckoned * N_t * G * multiplied,
         l2_bytes=tensor_bytes(keys, D, DV),
-        dram_bytes=tensor_bytes(_q_rows, D, width, *([DV] if dq else []))
-        + tensor_bytes(_read_rows, D, DV)
-        + (8 if dq else 4) * _q_rows,
+        dram_bytes=tensor_bytes(_q_rows, *rows) + tensor_bytes(_read_rows, D, DV) + statistics * _q_rows,
         items=_tiles,
-        kernel=kernel,
     )
 
 
@@ -239,14 +240,14 @@ ORDERS: dict[str, Order] = {
     "tile": Order(
         forward=(
             _UNIONS,
-            _walk(U),
+            _walk("query-tile", U),
         ),
         backward=(
             _DELTA,
             _LISTS,
             _UNIONS,
             _DKV,
-            _walk(U, D, name="query-tile dq", kernel="query-tile dq"),
+            _walk("query-tile dq", U, 2 * D + DV, (D, DV, D), 8),
             _TILE_SUM,
         ),
         forward_scratch=12 * _tiles * N_t * S,
@@ -255,7 +256,7 @@ ORDERS: dict[str, Order] = {
     "mixed": Order(
         forward=(
             replace(_UNIONS, name="agreement", dram_bytes=8 * E + 12 * _tiles * _agreed),
-            _walk(_agreed, name="agreed blocks"),
+            replace(_walk("agreed blocks", _agreed), kernel="query-tile"),
             replace(_LISTS, name="lists of the rest"),
             *_partials(1 - a, 1),
             _cutting(_of_dv, DV, launches=2),

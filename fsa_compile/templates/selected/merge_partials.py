@@ -105,22 +105,9 @@ def merge_partials_kernel(
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     exists, pos, slots, g, b, t, h = partial_slots(rows, num_rows, seqs, SIZES)
     value, row_shift, row_log_sum = merge_partials_tile(
-        partial_out,
-        partial_stats,
-        block_indices,
-        agreed,
-        exists,
-        pos,
-        slots,
-        g,
-        b,
-        t,
-        h,
-        scale,
-        SIZES,
-        BLOCK_R,
+        partial_out, partial_stats, block_indices, agreed, exists, pos, slots, g, b, t, h, scale, SIZES, BLOCK_R,
         BLOCK_S,
-    )
+    )  # fmt: skip
     tl.store(shift + rows, row_shift, mask=rows < num_rows)
     tl.store(log_sum + rows, row_log_sum, mask=rows < num_rows)
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV

@@ -27,8 +27,8 @@ NO_BLOCK = tl.constexpr(2147483647)
 class Unions(NamedTuple):
     """The unions of query tiles ``w``, ascending.
 
-    blocks, members: (num_tiles, num_kv_heads, most), int32 and int64; only the first ``counts`` of a tile are written.
-        Bit ``i`` of ``members`` is set if token ``i`` of the tile selected the block and may read it.
+    blocks, members: (num_tiles, num_kv_heads, places), int32 and int64, of which the first ``counts`` are written. Bit
+        ``i`` of ``members`` is set if token ``i`` of the tile selected the block and may read it.
     counts: (num_tiles, num_kv_heads), int32.
     """
 
