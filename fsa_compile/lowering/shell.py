@@ -132,7 +132,7 @@ def shell_of(kernel: Kernel, plan: Plan) -> Shell:
     """The template of ``kernel`` for calls like ``plan``."""
     shell = Shell(imports=["from fsa_compile.templates.sequences import Rows", *_names(kernel)])
     if kernel.hides_lengths:
-        shell.imports.append("from fsa_compile.templates.tiles import at_run_time")
+        shell.imports.append("from fsa_compile.templates.opaque import at_run_time")
     main = next(iter(plan.outputs))
     body = _Body(kernel, main)
     sizes = type(plan.sizes)

@@ -11,7 +11,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 class Statistics(NamedTuple):
@@ -34,25 +33,11 @@ def load_statistics(rows: Statistics, row, exists):
 def rows_apart(rows, stride):
     """How far ``rows`` rows are, in 64 bits.
 
-    In a loop either carried from tile to tile, or of a counter that the compiler does not see (``at_run_time``).
+    In a loop either carried from tile to tile, or of a counter that the compiler does not see (``opaque.py``).
     Multiplied out from a counter that it does see, LLVM widens the counter to 64 bits where sizes are constants, as in
     Inductor's templates, and every comparison with it: a window's forward took 358 instructions a tile for 292.
     """
     return (tl.zeros([], tl.int64) + rows) * stride
-
-
-@triton.jit
-def at_run_time(x):
-    """``x``, an int32, of which the compiler does not see what it is.
-
-    A template's lengths: where they are constants, ptxas takes the matrix products of dk and dv one after the other,
-    for want of registers (13.0 ms for 10.9). A loop's counter: where LLVM sees it, each of a thread's addresses is
-    carried by itself, for two more instructions and two registers each (a window's forward 1.42 ms for 1.36).
-    """
-    if INTERPRETED:
-        return x
-    else:
-        return tl.inline_asm_elementwise("", "=r,0", [x], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -15,30 +15,13 @@ import triton.language as tl
 
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
+from ..opaque import at_run_time
 from ..query_tiles import keys_base, query_tiles
 from ..row_weights import gradient_of_scores, load_row_weights, weights_of
 from ..sequences import Rows, Sequences, num_tiles
-from ..tiles import (
-    accumulate,
-    add_met,
-    all_finite,
-    at_run_time,
-    columns,
-    dense_strides,
-    dot,
-    finite_part,
-    rows_apart,
-    store_output,
-)
-from .sizes import (
-    ARGUMENTS,
-    BandedSizes,
-    KeyTile,
-    extent,
-    inputs,
-    key_tile,
-    rows_of_keys,
-)
+from ..tiles import accumulate, add_met, all_finite, columns, dense_strides, dot, finite_part, rows_apart, store_output
+from .bands import KeyTile, key_tile, rows_of_keys
+from .sizes import ARGUMENTS, BandedSizes, extent, inputs
 
 
 @triton.jit

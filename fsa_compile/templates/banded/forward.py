@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ...tiling import Config, Device
 from ..kernel import Kernel, Output, Plan
+from ..opaque import at_run_time
 from ..query_tiles import (
     LOWEST,
     exponent_shift,
@@ -31,30 +32,9 @@ from ..query_tiles import (
     softmax_step,
 )
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import (
-    LOG2E,
-    all_finite,
-    at_run_time,
-    columns,
-    dense_strides,
-    dot,
-    finite_part,
-    rows_apart,
-    rows_finite,
-    store_output,
-)
-from .sizes import (
-    ARGUMENTS,
-    Band,
-    BandedSizes,
-    band_of_tile,
-    extent,
-    in_band,
-    inputs,
-    keys_of_run,
-    nan_of_keys,
-    query_config,
-)
+from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, rows_apart, rows_finite, store_output
+from .bands import Band, band_of_tile, in_band, keys_of_run, nan_of_keys
+from .sizes import ARGUMENTS, BandedSizes, extent, inputs, query_config
 
 
 @triton.jit

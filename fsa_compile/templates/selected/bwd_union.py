@@ -14,21 +14,10 @@ from ..kernel import SEQUENCES, Kernel, Output, Plan
 from ..query_tiles import keys_base, load_keys, load_rows, load_weights, place_of_tile, what_was_lost
 from ..sequences import Rows, Sequences, run_of_tile
 from ..tiles import LOG2E, Statistics, all_finite, columns, dense_strides, dot, finite_part, rows_apart, store_output
+from . import walks
 from .sizes import backward_inputs
 from .unions import UNIONS, Unions
-from .walks import (
-    Walk,
-    WalkSizes,
-    candidates,
-    grid,
-    heuristic,
-    hides_keys,
-    inputs,
-    is_past,
-    key_tile,
-    nan_of_walk,
-    walk_of_tile,
-)
+from .walks import Walk, WalkSizes, hides_keys, inputs, is_past, key_tile, nan_of_walk, walk_of_tile
 
 
 @triton.jit
@@ -123,5 +112,5 @@ BWD_UNION = Kernel(
     selected_bwd_union_kernel,
     "_selected_bwd_union(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor shift, Tensor log_sum, Tensor delta, "
     f"{UNIONS}, {SEQUENCES}, *, int block_size, int tokens, float scale) -> Tensor",
-    plan, grid, heuristic, candidates,
+    plan, walks.grid, walks.heuristic, walks.candidates,
 )  # fmt: skip
