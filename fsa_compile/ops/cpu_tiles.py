@@ -21,12 +21,11 @@ from .runs import Results
 
 __all__ = [
     "TILE_MULTIPLE",
-    "attend_precisely",
+    "attend",
     "expand",
-    "like",
+    "gradients",
     "tile_backward",
     "tile_forward",
-    "unless_nan",
     "widen",
     "widen_gradients",
 ]
@@ -75,13 +74,22 @@ def tile_backward(
     return dq[:, :, :rows], dk[:, :, :keys], dv[:, :, :keys]
 
 
-def attend_precisely(
-    forward: Callable[[torch.dtype], tuple[Tensor, Tensor]], k: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def attend(
+    forward: Callable[[torch.dtype], tuple[Tensor, Tensor]], k: Tensor, scale: float, careful: Callable[[], Results]
+) -> Results:
     """(out, shift, log_sum) of a forward that takes the dtype to compute in and returns (out, lse).
 
-    k: [B, N, HK, D], the keys.
+    k: [B, N, HK, D], the keys. careful: the results of an implementation that lets no hidden key through.
     """
+    return _unless_nan(_precise(forward, k, scale), careful)
+
+
+def gradients(dq: Tensor, dk: Tensor, dv: Tensor, k: Tensor, v: Tensor, careful: Callable[[], Results]) -> Results:
+    """(dq, dk, dv), the latter two without the widening, in the dtypes of k and v; careful: as in `attend`."""
+    return _unless_nan((dq, _like(dk, k), _like(dv, v)), careful)
+
+
+def _precise(forward: Callable[[torch.dtype], tuple[Tensor, Tensor]], k: Tensor, scale: float) -> Results:
     out, lse = forward(torch.float32)
     few = k.dtype == torch.float32 and k.shape[1] <= _FEW_KEYS
     if not ((lse.abs() > (_FAR_OF_FEW if few else _FAR[k.dtype])) & lse.isfinite()).any():
@@ -103,7 +111,7 @@ def widen_gradients(
     grad_out: Tensor | None, grad_log_sum: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, shift: Tensor,
     log_sum: Tensor, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`widen` for the backward: (grad_out, q, k, v, delta, lse) for `tile_backward`, in `attend_precisely`'s dtype.
+    """`widen` for the backward: (grad_out, q, k, v, delta, lse) for `tile_backward`, in `attend`'s dtype.
 
     The fused kernel takes `delta` to be `rowsum(grad_out * out)`. It should be less by grad_log_sum, and added up in
     the order of the product `grad_out @ v` that it is subtracted from: where one key has all of a row's probability,
@@ -135,7 +143,7 @@ def _rowsum(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(x, y.transpose(1, 2)).diagonal(dim1=1, dim2=2).flatten()[:count].view(a.shape[:-1])
 
 
-def unless_nan(results: Results, careful: Callable[[], Results]) -> Results:
+def _unless_nan(results: Results, careful: Callable[[], Results]) -> Results:
     """`results`, with those of an implementation that lets no hidden key through in the place of NaNs.
 
     A tile multiplies what its mask hides by 0, which of a NaN or an infinity is a NaN; and a NaN stays one. So what is
@@ -160,7 +168,7 @@ def expand(x: Tensor, num_heads: int) -> Tensor:
     return x if x.shape[1] == num_heads else x.expand(-1, num_heads, -1, -1)
 
 
-def like(x: Tensor, given: Tensor) -> Tensor:
+def _like(x: Tensor, given: Tensor) -> Tensor:
     """A gradient without the widening, in its input's dtype, contiguous."""
     return x[..., : given.shape[3]].to(given.dtype).contiguous()
 

@@ -8,16 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cpu_tiles import (
-    attend_precisely,
-    expand,
-    like,
-    tile_backward,
-    tile_forward,
-    unless_nan,
-    widen,
-    widen_gradients,
-)
+from ..cpu_tiles import attend, expand, gradients, tile_backward, tile_forward, widen, widen_gradients
 from ..options import Compressed, Layout
 from ..runs import Results, Run, each_backward, each_forward, runs_of, windows_of
 from ..schema import impl
@@ -67,7 +58,7 @@ def _forward(options: Compressed, run: Run, q: Tensor, k: Tensor, v: Tensor) -> 
             lse[:, rows, heads] = s.transpose(1, 2)
         return out, lse
 
-    return unless_nan(attend_precisely(forward, k, scale), careful)
+    return attend(forward, k, scale, careful)
 
 
 def _backward(
@@ -92,7 +83,7 @@ def _backward(
         for total, share in ((dk, dk_part), (dv, dv_part)):
             share = share.unflatten(1, (total[:, :1, kv_heads].shape[2], -1)).sum(2)
             total[:, keys, kv_heads] += share.transpose(1, 2)
-    return unless_nan((dq, like(dk, k), like(dv, v)), careful)
+    return gradients(dq, dk, dv, k, v, careful)
 
 
 def _triangles(

@@ -17,16 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cpu_tiles import (
-    TILE_MULTIPLE,
-    attend_precisely,
-    like,
-    tile_backward,
-    tile_forward,
-    unless_nan,
-    widen,
-    widen_gradients,
-)
+from ..cpu_tiles import TILE_MULTIPLE, attend, gradients, tile_backward, tile_forward, widen, widen_gradients
 from ..options import Layout, Selected
 from ..runs import Results, Run, each_backward, each_forward, runs_of
 from ..schema import impl
@@ -70,7 +61,7 @@ def _forward_of_run(options: Selected, run: Run, q: Tensor, k: Tensor, v: Tensor
         return out, lse
 
     careful = partial(portable.selected_attention_forward, q, k, v, block_indices, options, Layout())
-    return unless_nan(attend_precisely(forward, k, options.scale), careful)
+    return attend(forward, k, options.scale, careful)
 
 
 def _backward_of_run(
@@ -87,7 +78,7 @@ def _backward_of_run(
     dk, dv = _backward(problem, grad, delta, lse, options.scale, dq[0])
     args = (*grads, q, k, v, block_indices, *results)
     careful = partial(portable.selected_attention_backward, *args, options, Layout())
-    return unless_nan((dq, like(dk[None], k), like(dv[None], v)), careful)
+    return gradients(dq, dk[None], dv[None], k, v, careful)
 
 
 class _Problem:

@@ -8,16 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cpu_tiles import (
-    TILE_MULTIPLE,
-    attend_precisely,
-    like,
-    tile_backward,
-    tile_forward,
-    unless_nan,
-    widen,
-    widen_gradients,
-)
+from ..cpu_tiles import TILE_MULTIPLE, attend, gradients, tile_backward, tile_forward, widen, widen_gradients
 from ..options import Layout, Sliding
 from ..runs import Results, Run, each_backward, each_forward, runs_of
 from ..schema import impl
@@ -59,7 +50,7 @@ def _forward(options: Sliding, run: Run, q: Tensor, k: Tensor, v: Tensor) -> Res
         return out, lse
 
     careful = partial(portable.sliding_window_attention_forward, q, k, v, options, Layout())
-    return unless_nan(attend_precisely(forward, k, scale), careful)
+    return attend(forward, k, scale, careful)
 
 
 def _backward(
@@ -83,7 +74,7 @@ def _backward(
         dk[:, :, keys] += dk_part
         dv[:, :, keys] += dv_part
     careful = partial(portable.sliding_window_attention_backward, *args, options, Layout())
-    return unless_nan((dq, like(dk.transpose(1, 2), k), like(dv.transpose(1, 2), v)), careful)
+    return gradients(dq, dk.transpose(1, 2), dv.transpose(1, 2), k, v, careful)
 
 
 def _bands(q: Tensor, k: Tensor, window_size: int) -> Iterator[tuple[slice, slice, Tensor]]:
