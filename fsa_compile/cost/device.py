@@ -117,17 +117,6 @@ DEVICES: dict[str, Device] = {
         num_sms=304,
         memory=192 * _GIGA,
     ),
-    "cuda": _gpu(
-        "cuda",
-        flops=312 * _TERA,
-        flops_fp32=19.5 * _TERA,
-        dram_bandwidth=1.59 * _TERA,
-        l2_bandwidth=5.26 * _TERA,
-        sort_rate=6.4 * _GIGA,
-        num_sms=108,
-        memory=40 * _GIGA,
-        source="assumed",
-    ),
     "cpu": Device(
         name="cpu",
         kind="cpu",
@@ -142,6 +131,7 @@ DEVICES: dict[str, Device] = {
         memory=16 * _GIGA,
     ),
 }
+DEVICES["cuda"] = replace(DEVICES["A100"], name="cuda", memory=40 * _GIGA, source="assumed")
 
 # GH200 and GB200 are the same GPUs on another board; any other name (H20, A10, MI325X) has other ratios.
 _NAME = re.compile(r"(?<![A-Z0-9])G?(H200|H100|A100|B200|MI300X)(?![0-9])", re.IGNORECASE)
