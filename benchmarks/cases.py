@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import exact
-from benchmarks.common import timings
+from benchmarks.common import timings, write_csv
 
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
@@ -203,6 +203,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows that are checked")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=120, help="a problem, after which three rounds are enough")
+
+
+def written(
+    measured: Iterable[tuple[list[dict[str, Any]], bool]],
+    options: argparse.Namespace,
+    table: Callable[[list[dict[str, Any]]], str],
+) -> int:
+    """Writes the rows of `measure` as they come, then prints their table; 1 if anything of this package was wrong."""
+    rows: list[dict[str, Any]] = []
+    failed = False
+    for found, bad in measured:
+        rows, failed = rows + found, failed or bad
+        if rows:
+            write_csv(options.out, rows, torch.device(options.device))
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+    print(table(rows))
+    print(f"written to {options.out}")
+    return int(failed)
 
 
 def offered(sources: Iterable[Callable[[], Iterator[Case]]], wanted: Callable[[Case], bool]) -> Iterator[Case]:

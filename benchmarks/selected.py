@@ -24,8 +24,8 @@ from torch import Tensor
 
 import fsa_compile
 from benchmarks import exact
-from benchmarks.cases import DENSE, Case, add_options, dense, measure, offered, sampled_rows
-from benchmarks.common import RESULTS, write_csv
+from benchmarks.cases import DENSE, Case, add_options, dense, measure, offered, sampled_rows, written
+from benchmarks.common import RESULTS
 from benchmarks.peers import PEERS
 from fsa_compile import cost
 from fsa_compile.ops.problem import device_of, problem_of
@@ -194,21 +194,8 @@ def _blocks(text: str) -> tuple[int, int]:
     return block_size, num_selected
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, write the CSV, print a table; 1 if something of this package failed or was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[65536])
-    parser.add_argument("--blocks", type=_blocks, nargs="+", default=[(64, 16)], metavar="SIZExSELECTED")
-    parser.add_argument("--patterns", nargs="+", choices=("random", "local", "trace"), default=("random", "trace"))
-    parser.add_argument("--num-kv-heads", type=int, default=4)
-    parser.add_argument("--what", nargs="+", choices=("selected", "gated"), default=("selected",))
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=DEFAULT)
-    parser.add_argument("--out", type=Path, default=RESULTS / "selected.csv")
-    add_options(parser)
-    options = parser.parse_args(arguments)
-    rows: list[dict[str, Any]] = []
-    failed = False
+def measured(options: argparse.Namespace) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+    """Rows of one cell after the other, and whether anything of ours was wrong."""
     cells = itertools.product(options.lengths, options.patterns, options.blocks, options.groups)
     for seq_len, pattern, (block_size, num_selected), group in cells:
         if pattern == "trace" and (block_size, num_selected) != (64, 16):
@@ -225,13 +212,23 @@ def main(arguments: list[str] | None = None) -> int:
             if order in ORDERS and row["what"] == "selected":
                 choices = problem.choices(row["pass"], order, compiled=bool(variant))
                 row["predicted_ms"] = f"{sum(c.costs[c.order] for c in choices) * 1e3:.4f}"
-        rows, failed = rows + found, failed or bad
-        write_csv(options.out, rows, torch.device(options.device))
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-    print(table(rows))
-    print(f"written to {options.out}")
-    return int(failed)
+        yield found, bad
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write the CSV, print a table; 1 if something of this package failed or was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[65536])
+    parser.add_argument("--blocks", type=_blocks, nargs="+", default=[(64, 16)], metavar="SIZExSELECTED")
+    parser.add_argument("--patterns", nargs="+", choices=("random", "local", "trace"), default=("random", "trace"))
+    parser.add_argument("--num-kv-heads", type=int, default=4)
+    parser.add_argument("--what", nargs="+", choices=("selected", "gated"), default=("selected",))
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=DEFAULT)
+    parser.add_argument("--out", type=Path, default=RESULTS / "selected.csv")
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    return written(measured(options), options, table)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import fsa_compile
 from benchmarks import exact
-from benchmarks.cases import DENSE, Case, add_options, dense, exact_rows, measure, offered, sampled_rows
-from benchmarks.common import RESULTS, write_csv
+from benchmarks.cases import DENSE, Case, add_options, dense, exact_rows, measure, offered, sampled_rows, written
+from benchmarks.common import RESULTS
 from benchmarks.peers import STAGED
 
 WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
@@ -194,18 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.providers = options.providers or PROVIDERS
     lengths = [(seq_len, False) for seq_len in options.lengths] + ([(options.graph, True)] if options.graph else [])
-    rows: list[dict[str, Any]] = []
-    failed = False
-    for seq_len, graph in lengths:
-        found, bad = measure_length(options, seq_len, graph)
-        rows, failed = rows + found, failed or bad
-        if rows:
-            write_csv(options.out, rows, torch.device(options.device))
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-    print(table(rows))
-    print(f"written to {options.out}")
-    return int(failed)
+    return written((measure_length(options, *length) for length in lengths), options, table)
 
 
 if __name__ == "__main__":
