@@ -6,6 +6,8 @@ does not know it.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +36,22 @@ def patch_the_language_once() -> None:
     interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
 
 
+def work_out_nothing_twice() -> None:
+    """Leave out what the interpreter works out at every operation, a third of its time.
+
+    Whether an integer overflows, for an assertion that it then does not make (`debug` is off); and numpy's name of a
+    type, out of a table that it writes anew.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    work_out = interpreter._get_np_dtype
+    known = functools.cache(work_out)  # of numbers: other types cannot be looked up
+    interpreter._get_np_dtype = lambda type: work_out(type) if type.scalar.is_ptr() else known(type.scalar)
+
+
 def round_sums_once(patch: pytest.MonkeyPatch) -> None:
     """Make the interpreter's matrix products sums in float64, rounded once, which do not depend on an order."""
     from triton.runtime import interpreter
@@ -47,3 +65,4 @@ def round_sums_once(patch: pytest.MonkeyPatch) -> None:
 
 if INTERPRETED:
     patch_the_language_once()
+    work_out_nothing_twice()
