@@ -52,6 +52,68 @@ def work_out_nothing_twice() -> None:
     interpreter._get_np_dtype = lambda type: work_out(type) if type.scalar.is_ptr() else known(type.scalar)
 
 
+def remember_types() -> None:
+    """Make the type of a block once, and what a tensor says of its type: they stand for the same whoever asks."""
+    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    types: dict[Any, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *(getattr(n, "value", n) for n in shape))
+        if key in types:
+            vars(self).update(types[key])
+        else:
+            make_type(self, element_ty, shape)
+            types[key] = dict(vars(self))
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        known = tensors.get(type.name)
+        if known is None:
+            make_tensor(self, handle, type)
+            tensors[type.name] = dict(vars(self))
+        else:
+            vars(self).update(known, handle=handle)
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
+
+
+def combine_whole_arrays() -> None:
+    """Reduce and scan by halves and by doubling steps, as a GPU does: the interpreter goes element by element."""
+    from triton.runtime import interpreter
+
+    def combine(self: Any, left: list[Any], right: list[Any], types: list[Any]) -> list[Any]:
+        tensors = (self.to_tensor(x, t) for half in (left, right) for x, t in zip(half, types, strict=True))
+        found = self.combine_fn.fn(*tensors)
+        return [x.handle.data for x in (found if isinstance(found, tuple | tl.tuple) else (found,))]
+
+    def reduce(self: Any, input: Any) -> list[Any]:
+        rank = len(input[0].shape)
+        input, axis = self.unravel(input, self.axis)
+        types, parts = [x.dtype for x in input], [x.handle.data for x in input]
+        while (count := parts[0].shape[axis]) > 1:
+            left, right = ([x.take(range(i, count, 2), axis) for x in parts] for i in range(2))
+            parts = combine(self, left, right, types)
+        parts = [x.squeeze(axis) for x in parts]
+        if self.keep_dims:
+            parts = [x.reshape((1,) * rank) if self.axis is None else numpy.expand_dims(x, axis) for x in parts]
+        return [self.to_tensor(x, t) for x, t in zip(parts, types, strict=True)]
+
+    def scan(self: Any, input: Any) -> list[Any]:
+        types, parts = [x.dtype for x in input], [x.handle.data for x in input]
+        shape = [1] * parts[0].ndim
+        shape[self.axis] = count = parts[0].shape[self.axis]
+        i, step = numpy.arange(count).reshape(shape), 1
+        while step < count:
+            earlier = [numpy.roll(x, step, self.axis) for x in parts]
+            met = combine(self, earlier, parts, types)
+            parts = [numpy.where(i >= step, new, x) for new, x in zip(met, parts, strict=True)]
+            step *= 2
+        return [self.to_tensor(x, t) for x, t in zip(parts, types, strict=True)]
+
+    interpreter.ReduceOps.generic_reduce = reduce
+    interpreter.ScanOps.generic_scan = scan
+
+
 def round_sums_once(patch: pytest.MonkeyPatch) -> None:
     """Make the interpreter's matrix products sums in float64, rounded once, which do not depend on an order."""
     from triton.runtime import interpreter
@@ -66,3 +128,5 @@ def round_sums_once(patch: pytest.MonkeyPatch) -> None:
 if INTERPRETED:
     patch_the_language_once()
     work_out_nothing_twice()
+    remember_types()
+    combine_whole_arrays()
