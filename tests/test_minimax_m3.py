@@ -85,9 +85,18 @@ def tokens(length: int = _LENGTH, batch: int = 2) -> Tensor:
 attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
-@attentions
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("cache", [False, True], ids=["no_cache", "cache"])
+# Four of the eight ways show every pair of what they differ in; the others are slow.
+WAYS = [
+    pytest.param(
+        attention, training, cache,
+        marks=pytest.mark.slow if (attention == "eager") ^ training ^ cache else (),
+        id="-".join([attention, "training" if training else "inference", "cache" if cache else "no_cache"]),
+    )
+    for attention in ("sdpa", "eager") for training in (False, True) for cache in (False, True)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("attention", "training", "cache"), WAYS)
 def test_every_sparse_layer_is_replaced(attention: str, training: bool, cache: bool) -> None:
     assert_replaced(check(make_model(attention), training, {"input_ids": tokens(), "use_cache": cache}))
 

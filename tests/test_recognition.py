@@ -98,9 +98,18 @@ def run(program: Program, training: bool, lengths: tuple[int, ...] = (), batch: 
     return backend
 
 
-training = pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-positives = pytest.mark.parametrize("name", POSITIVES)
-near_misses = pytest.mark.parametrize("name", NEAR_MISSES)
+def both_ways(programs: dict[str, Program], by_default: bool) -> pytest.MarkDecorator:
+    """Each program in inference and in training, whose graphs are the same: but for one in six, one of the two where
+    the slow tests run.
+    """
+    params = []
+    for i, name in enumerate(programs):
+        for training in (False, True):
+            marks = () if training == by_default or i % 6 == 0 else pytest.mark.slow
+            params.append(
+                pytest.param(name, training, marks=marks, id=f"{name}-{'training' if training else 'inference'}")
+            )
+    return pytest.mark.parametrize(("name", "training"), params)
 
 
 def some(programs: dict[str, Program], by_default: int, slow: int) -> pytest.MarkDecorator:
@@ -115,8 +124,7 @@ def test_the_corpus_is_large() -> None:
     assert len(NEAR_MISSES) >= 40
 
 
-@training
-@positives
+@both_ways(POSITIVES, by_default=True)  # gradients besides what inference gives
 def test_positive(name: str, training: bool) -> None:
     backend = run(POSITIVES[name], training)
     assert [site.matched for site in backend.sites] == [True], backend.sites
@@ -132,8 +140,7 @@ def test_positive_of_dynamic_length(name: str) -> None:
     assert program.static_only or program.specialises or len(backend.sites) == 1  # one compilation for both lengths
 
 
-@training
-@near_misses
+@both_ways(NEAR_MISSES, by_default=False)  # what is left as it was has the gradients that it had
 def test_near_miss(name: str, training: bool) -> None:
     program = NEAR_MISSES[name]
     backend = run(program, training)
