@@ -248,6 +248,7 @@ def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         return right(*args, **{**options, "window_size": 512 if options["loop_order"] == "nsa" else 20})
 
     monkeypatch.setattr(fsa_compile, "nsa_attention", late)
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
     out = tmp_path / "models.csv"
     arguments = [*_CPU, "--lengths", "100", "--providers", "nsa", "auto", "--blocks", "32x4", "--no-warm"]
     arguments += ["--passes", "prefill", "--out", str(out)]
