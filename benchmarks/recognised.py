@@ -9,7 +9,8 @@ its result) and one sparse layer of transformers' MiniMax-M3 as it is, of its ow
 keys; a model whose attention is not all replaced, or an original in which anything is, fails.
 
 "check" rows: ten steps of AdamW. At every step the output and all gradients of "recognised" are held, by the error
-budget of the tests, against the same model uncompiled in float64, with the uncompiled model in `--dtype` for a measure.
+budget of the tests, against the same model uncompiled in float64 (but for what it computes in float32 by itself), with
+the uncompiled model in `--dtype` for a measure.
 `error` is the worst of them and `eager_error` that of the uncompiled model. Where the model selects blocks itself,
 rounding in 16 bits selects differently, in both alike; `rows_off` is the share of tokens whose output in float32 is
 another than the uncompiled model's in float32, which are those that selected differently. `loss` is that of the last
@@ -42,111 +43,16 @@ from benchmarks.attentions import attempt, compiled
 from benchmarks.cases import WRONG_BLOCKS, peak_mib
 from benchmarks.common import RESULTS, Times, timings, write_csv
 from benchmarks.models import ALONE, caches_in, seconds_of
+from benchmarks.recognised_models import LAYER, MODELS, Model, Sizes
 from fsa_compile import lowering
-from fsa_compile.testing import handwritten
 from fsa_compile.testing.budget import Budget
 from fsa_compile.testing.inputs import causal_block_indices
 
 PROVIDERS = ("recognised", "original")
 STEPS = 10
-SELECTED = ("fsa::selected_attention",)
-INDEXED = ("fsa::select_blocks", *SELECTED)
-WHOLE = ("fsa::compressed_attention", *INDEXED, "fsa::sliding_window_attention")
 GOALS = {"speedup": 5.0, "less_memory": 10.0}  # at 32K tokens
 _SAME_ROW = 1e-3
 _SAME_LOSS = 0.02
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a model, and the length at which it is checked."""
-
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    num_selected: int
-    hidden: int
-    check_length: int
-    window_size: int = 512
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is compiled: `make(sizes)` with weights, called with what `inputs` gives."""
-
-    make: Callable[[Sizes], nn.Module]
-    sizes: Sizes
-    operators: tuple[str, ...]  # that its attention becomes
-    uncompiled: Callable[[Sizes], nn.Module] | None = None  # if another program, with the same weights
-
-
-class Layer(nn.Module):
-    """Projections around an attention; all weights are random normal."""
-
-    def __init__(self, attention: Callable[..., Tensor], sizes: Sizes, gated: bool) -> None:
-        super().__init__()
-        self.attention, self.head_dim = attention, sizes.head_dim
-        heads, kv_heads = sizes.num_q_heads, sizes.num_kv_heads
-        widths = {"q": heads * sizes.head_dim, "k": kv_heads * sizes.head_dim, "v": kv_heads * sizes.head_dim}
-        self.projections = nn.ModuleDict({name: nn.Linear(sizes.hidden, n, bias=False) for name, n in widths.items()})
-        self.out = nn.Linear(widths["q"], sizes.hidden, bias=False)
-        self.gates = nn.Linear(sizes.hidden, 3 * heads) if gated else None
-        for weight in self.parameters():
-            nn.init.normal_(weight, std=sizes.hidden**-0.5)
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        """x: (batch, seq_len, hidden)."""
-        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in self.projections.values())
-        last = ids if self.gates is None else self.gates(x).unflatten(-1, (-1, 3)).sigmoid()
-        return self.out(self.attention(q, k, v, last).flatten(2))
-
-
-def layer(name: str) -> Callable[[Sizes], nn.Module]:
-    """With an attention of `handwritten`."""
-
-    def make(sizes: Sizes) -> nn.Module:
-        options = {"block_size": sizes.block_size}
-        if name == "whole":
-            options |= {"num_selected": sizes.num_selected, "window_size": sizes.window_size}
-        return Layer(partial(getattr(handwritten, name), **options), sizes, gated=name == "whole")
-
-    return make
-
-
-class MiniMaxM3(nn.Module):
-    """transformers' text model with one sparse layer; its MLP is small and dense."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLTextConfig
-        from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLTextModel
-
-        config = MiniMaxM3VLTextConfig(
-            vocab_size=64, hidden_size=sizes.hidden, num_hidden_layers=1, dense_intermediate_size=sizes.hidden,
-            num_attention_heads=sizes.num_q_heads, num_key_value_heads=sizes.num_kv_heads, head_dim=sizes.head_dim,
-            rotary_dim=sizes.head_dim // 2, index_n_heads=sizes.num_kv_heads, index_head_dim=sizes.head_dim,
-            index_block_size=sizes.block_size, index_topk_blocks=sizes.num_selected, bos_token_id=1, eos_token_id=2,
-            layer_types=["minimax_m3_sparse"], mlp_layer_types=["dense"], attn_implementation="sdpa",
-        )  # fmt: skip
-        self.text = MiniMaxM3VLTextModel(config)
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        """x: (batch, seq_len, hidden); it selects its blocks itself."""
-        out: Tensor = self.text(inputs_embeds=x, use_cache=False).last_hidden_state
-        return out
-
-
-_LAYER = Sizes(4, 1, 128, 64, 16, hidden=512, check_length=8192)
-_M3 = Sizes(64, 4, 128, 128, 16, hidden=1024, check_length=3072)
-MODELS = {
-    "sdpa": Model(layer("sdpa_mask"), _LAYER, SELECTED),
-    "softmax": Model(layer("softmax_by_hand"), _LAYER, SELECTED),
-    "einsum": Model(layer("einsum_grouped"), _LAYER, SELECTED),
-    "flex": Model(layer("flex"), _LAYER, SELECTED, layer("sdpa_mask")),
-    "whole": Model(layer("whole"), _LAYER, WHOLE),
-    "minimax-m3": Model(MiniMaxM3, _M3, INDEXED),
-}
 
 
 class Problem:
@@ -329,7 +235,7 @@ class Cell:
         providers = self.options.providers if timed else ["recognised"]
         runs = [Run(provider) for provider in providers]
         for run in runs:
-            with attempt(run, torch._dynamo.reset if len(runs) == 1 else None):
+            with attempt(run):
                 compile_run(run, problem)
         if checked and runs[0].provider == "recognised":
             yield self._checked(problem, runs[0])
@@ -338,6 +244,7 @@ class Cell:
 
     def _checked(self, problem: Problem, run: Run) -> dict[str, Any]:
         row, note = self.columns("check", run.provider), Run(run.provider, run.status)
+        row["rows_off"] = ""
         if run.status == "ok":
             with attempt(note):
                 check(problem, run, row)
@@ -458,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.heads:
         heads = dict(zip(("num_q_heads", "num_kv_heads"), options.heads, strict=True))
         for name, model in MODELS.items():
-            if model.sizes is _LAYER:
+            if model.sizes is LAYER:
                 MODELS[name] = replace(model, sizes=replace(model.sizes, **heads))
     start, rows, failed = time.perf_counter(), [], False
     with tempfile.TemporaryDirectory() as folder, caches_in(folder):
