@@ -15,12 +15,13 @@ import torch
 from corpus import BLOCK, POSITIVES, make_inputs
 from corpus.branch_positives import WINDOW, completed, windows_of
 from corpus.positives import causal
-from test_recognition import Captured, _clean, assert_same, module_results
+from test_recognition import Captured, _clean, assert_same, module_results, results
 from torch import Tensor
 from torch._inductor import config
 from torch.utils.checkpoint import checkpoint
 
 from fsa_compile import lowering
+from fsa_compile.testing import handwritten
 
 __all__ = ["_clean"]
 
@@ -87,6 +88,23 @@ def test_every_branch_of_a_model(how: str) -> None:
         assert g.dtype == w.dtype
         error = (g.float() - w.float()).norm() / w.float().norm().clamp(min=1e-6)
         assert error < (5e-2 if how == "bfloat16" else 1e-5), error  # where 16 bits rank otherwise
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_every_branch_of_one_function(training: bool) -> None:
+    """Windows that are longer than they are far apart, blocks of several of them."""
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(1, 280, heads, 16, generator=generator, requires_grad=training) for heads in (4, 2, 2)]
+    gates = torch.rand(1, 280, 4, 3, generator=generator)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return handwritten.whole(q, k, v, gates, block_size=64, num_selected=4, window_size=90)
+
+    backend = Captured()
+    assert_same(results(torch.compile(call, backend=backend, fullgraph=True), x, training), results(call, x, training))
+    assert [site.matched for site in backend.sites] == [True] * 3, backend.sites
+    assert sorted(set(backend.found) & set(_BRANCHES)) == _BRANCHES
+    assert "select_blocks" in backend.found, backend.sites
 
 
 @pytest.mark.parametrize("name", ["compressed_softmax_nan_to_num", "compressed_einsum"])

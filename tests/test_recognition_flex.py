@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -294,3 +295,43 @@ def test_vmap_beside_plain_attention(writes: bool) -> None:
     backend = Captured()
     assert_same([torch.compile(fn, backend=backend, fullgraph=True)(*x)], [fn(*x)])
     assert [site.matched for site in backend.sites] == [not writes], backend.sites
+
+
+def test_only_the_same_operators_of_the_same_operands_are_computed_once() -> None:
+    x, y = torch.ones(3, 4), torch.ones(3, 4)
+    at = torch.tensor([0])
+    with flex._Once():
+        assert x.sum(0) is x.sum(0)
+        assert x.t().sum(0) is x.t().sum(0)
+        assert x.t() is not x.t()  # two views
+        different = [
+            x.sum(0), x.sum(1), y.sum(0), x.sum(0, keepdim=True), x.t().sum(0), x[1:].sum(0), x[:2].sum(0),
+            x.sum(0, dtype=torch.float64), x + 1, x + 1.0, x + True, x.sin(), x.sin().sin(), x.cos(),
+        ]  # fmt: skip
+        assert len({id(one) for one in different}) == len(different)
+        assert x.bernoulli() is not x.bernoulli()
+        assert torch.empty(2) is not torch.empty(2)
+        before = x.index_select(0, at)
+        at.add_(1)
+        x[1, 0] = 5
+        assert x.index_select(0, at)[0, 0] == 5
+        assert before[0, 0] == 1
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_fake_tensors_keep_results_again(enabled: bool) -> None:
+    """As they did before, whether a call is replaced or not."""
+    found: list[bool] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        mode = next(node.meta["example_value"].fake_mode for node in gm.graph.nodes if node.name.startswith("l_q"))
+        with mock.patch.object(mode, "cache_enabled", enabled):
+            (site,) = recognise_graph(gm.graph)
+            found.append(site.matched)
+            assert mode.cache_enabled == enabled
+        return gm.forward
+
+    for program in (FLEX_POSITIVES["flex_of_window"], FLEX_NEAR_MISSES["flex_only_causal"]):
+        x = make_inputs(program, 72, requires_grad=False)
+        torch.compile(program.fn, backend=backend, fullgraph=True)(*x)
+    assert found == [True, False]

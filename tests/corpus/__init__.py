@@ -90,6 +90,7 @@ from . import (  # noqa: E402
     branch_positives,  # noqa: F401
     indexer_near_misses,  # noqa: F401
     indexer_positives,  # noqa: F401
+    models,  # noqa: F401
     near_misses,  # noqa: F401
     padded,  # noqa: F401
     pooled,  # noqa: F401

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, create_block_mask, flex_attention
 
+from fsa_compile.testing import handwritten
+
 from . import BLOCK, Attention, Program
 from .positives import blocks_of
 
@@ -124,6 +126,11 @@ def flex_without_groups(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
 def flex_of_another_layout(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     q, k, v, ids = (x.transpose(1, 2) for x in (q, k, v, ids))
     return attend(q, k, v, of_blocks(scattered(ids, q.shape[2]), q.shape[1] // k.shape[1])).transpose(1, 2)
+
+
+@_positive(layout="bthd", padded=True)
+def long_flex(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    return handwritten.flex(q, k, v, ids, block_size=BLOCK)
 
 
 @_positive()

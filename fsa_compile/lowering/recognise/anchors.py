@@ -5,6 +5,7 @@ Nothing here may break a user's model or change its meaning: what is not underst
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
 from ..sites import Site, report, retract
 from ..switch import is_recognising
@@ -112,11 +114,12 @@ def _recognised(
         matched, reason = False, ""
         try:
             state = Graph(graph) if state is None else state
-            if kind == _FLEX:
-                state, flex = None, bound_flex(anchor)
-                reason = _replace_flex(graph, flex, refused, outside)
-            else:
-                reason = _replace(state, anchor, kind, refused, originals)
+            with _without_cache(anchor):
+                if kind == _FLEX:
+                    state, flex = None, bound_flex(anchor)
+                    reason = _replace_flex(graph, flex, refused, outside)
+                else:
+                    reason = _replace(state, anchor, kind, refused, originals)
             matched, state = True, None
         except NotUnderstood as why:
             reason = str(why)
@@ -141,6 +144,16 @@ def _recognised(
             if any(site.matched for _, _, site in found) and body.owning_module is not None:
                 body.owning_module.recompile()
             yield from found
+
+
+def _without_cache(anchor: fx.Node) -> contextlib.AbstractContextManager[None]:
+    """Where fake tensors do not keep what an operator gave: with dynamic sizes that takes longer than to run it.
+
+    What is made here is made once.
+    """
+    modes = (getattr(tensor(node), "fake_mode", None) for node in (anchor, *anchor.all_input_nodes))
+    mode = next((mode for mode in modes if mode is not None), None)
+    return contextlib.nullcontext() if mode is None else disable_fake_tensor_cache(mode)
 
 
 def _anchors(graph: fx.Graph) -> Iterator[tuple[fx.Node, str, fx.Node]]:

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import fx
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .evaluate import NotUnderstood
 from .region import Graph, Region, _autocast, guard_equal, trace
@@ -269,7 +271,7 @@ def require_tables_of_mask_mod(graph: Graph, x: Flex, outside: Outside | None, f
             raise NotUnderstood(_BY_HAND)
         return [one for one in made if one is not None]
 
-    traced = trace(region, given, fake_mode, again)
+    traced = trace(region, given, fake_mode, again, _Once())
     (output,) = traced.graph.find_nodes(op="output")
     numbers = _numbered(traced.graph)
     results: Any = output.args[0]
@@ -288,12 +290,46 @@ def _mutates(node: fx.Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
-def _is_function(node: fx.Node) -> bool:
+def _is_function(target: Any) -> bool:
     """Whether it gives the same for the same operands."""
-    if node.target is operator.getitem:
+    if target is operator.getitem:
         return True
-    known = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
-    return known and "empty" not in str(node.target) and torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
+    known = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    return known and "empty" not in str(target) and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+class _Once(TorchDispatchMode):
+    """What was computed of the same operands is not computed again: most of the second of two equal computations.
+
+    With dynamic sizes, a fake tensor's operators take milliseconds each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[Any, Any] = {}
+        self._numbers: dict[int, tuple[int, Any]] = {}  # by identity, with the tensors, which have to live on
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            self._known.clear()
+        if func._schema.is_mutable or not _is_function(func):
+            return func(*args, **kwargs)
+        key = str(func), _plain(args, self), _plain(kwargs, self)
+        if key not in self._known:
+            self._known[key] = func(*args, **kwargs)
+        elif any(result.alias_info for result in func._schema.returns):
+            return self._another(self._known[key], func(*args, **kwargs))
+        return self._known[key]
+
+    def _another(self, known: Any, found: Any) -> Any:
+        """The result of an operator that gives views, which have to be new ones; they count as those known."""
+        for old, new in zip(pytree.tree_leaves(known), pytree.tree_leaves(found), strict=True):
+            self._numbers[id(new)] = self[old], new
+        return found
+
+    def __getitem__(self, x: torch.Tensor) -> int:
+        return self._numbers.setdefault(id(x), (len(self._numbers), x))[0]
 
 
 def _numbered(graph: fx.Graph) -> dict[fx.Node, Any]:
@@ -306,15 +342,15 @@ def _numbered(graph: fx.Graph) -> dict[fx.Node, Any]:
             numbers[node] = ("size", str(value.node.expr))
             continue
         key: Any = ("itself", node.name)
-        if _is_function(node):
+        if _is_function(node.target):
             key = (str(node.target), _plain(node.args, numbers), _plain(node.kwargs, numbers))
         numbers[node] = seen.setdefault(key, len(seen))
     return numbers
 
 
-def _plain(x: Any, numbers: dict[fx.Node, Any]) -> Any:
+def _plain(x: Any, numbers: Any) -> Any:
     """Arguments as something that can be compared, numbers of different types not being one."""
-    if isinstance(x, fx.Node):
+    if isinstance(x, (fx.Node, torch.Tensor)):
         found = numbers[x]
         return found if isinstance(found, tuple) else ("node", found)
     if isinstance(x, (tuple, list)):

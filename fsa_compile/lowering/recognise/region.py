@@ -6,6 +6,7 @@ order; a tensor from outside must not be written to between its use in there and
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -295,6 +296,7 @@ def trace(
     results: Iterable[fx.Node],
     fake_mode: Any,
     more: Callable[[dict[fx.Node, Any]], list[Any]] | None = None,
+    mode: contextlib.AbstractContextManager[Any] | None = None,
 ) -> fx.GraphModule:
     """The region as functional ATen: a graph of `inputs` that gives `results`, each with its fake value in `val`.
 
@@ -303,16 +305,18 @@ def trace(
         results: of its nodes and inputs, those wanted.
         fake_mode: that it was captured with.
         more: makes further results of what all nodes gave.
+        mode: in which all of it is run.
     """
     wanted = list(results)
 
     def run(*values: Any) -> Any:
         known: dict[fx.Node, Any] = dict(zip(region.inputs, values, strict=True))
-        with Levels() as levels:
-            for node in region.nodes:
-                if node not in known:
-                    known[node] = _run(node, known, levels)
-        return [known[node] for node in wanted] + (more(known) if more is not None else [])
+        with mode or contextlib.nullcontext():
+            with Levels() as levels:
+                for node in region.nodes:
+                    if node not in known:
+                        known[node] = _run(node, known, levels)
+            return [known[node] for node in wanted] + (more(known) if more is not None else [])
 
     fn: Callable[..., Any] = torch.func.functionalize(run, remove="mutations")
     values = []
@@ -371,8 +375,6 @@ def guard_not_empty(size: Any) -> None:
 
 
 def _autocast(context: list[tuple[Any, ...]]) -> Any:
-    import contextlib
-
     stack = contextlib.ExitStack()
     for device_type, dtype, enabled, cache in context:
         stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
