@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import exact
-from benchmarks.common import timings, write_csv
+from benchmarks.common import add_turns, timings, write_csv
 
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
@@ -197,12 +197,9 @@ def sampled_rows(seq_len: int, count: int, generator: torch.Generator) -> Tensor
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What every benchmark of cases is asked."""
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--peers", type=Path, default=Path("peers"), help="folder with other people's checkouts")
     parser.add_argument("--rows", type=int, default=16, help="rows that are checked")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=120, help="a problem, after which three rounds are enough")
+    add_turns(parser, rounds=20, seconds=120, of="a problem")
 
 
 def written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import functools
@@ -106,6 +107,14 @@ def timings(
             if i >= 0:
                 times[name].append(seconds_taken * 1e3)
     return {name: Times.of(values) for name, values in times.items()}
+
+
+def add_turns(parser: argparse.ArgumentParser, *, rounds: int, seconds: float, of: str) -> None:
+    """What is timed on, and for how long; `of`: what `seconds` is a limit of."""
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"{of}, after which three rounds are enough")
 
 
 def measure(

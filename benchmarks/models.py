@@ -42,7 +42,7 @@ from torch._inductor.utils import clear_caches
 
 from benchmarks import exact
 from benchmarks.attentions import PROVIDERS, Variant, attempt, check, compiled, free, variants
-from benchmarks.common import RESULTS, Times, timings, write_csv
+from benchmarks.common import RESULTS, Times, add_turns, timings, write_csv
 from benchmarks.decoder import GIB, SHAPES, Decoder, Shape, fitting_layers
 
 PASSES = ("prefill", "train", "train-checkpointed")
@@ -267,10 +267,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--no-check", dest="check", action="store_false", help="do not hold attention alone to account")
     result.add_argument("--no-warm", dest="warm", action="store_false", help="do not compile a second time")
     result.add_argument("--peers", type=Path, default=Path("peers"), help="folder with other people's checkouts")
-    result.add_argument("--device", default="cuda")
-    result.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    result.add_argument("--rounds", type=int, default=10)
-    result.add_argument("--seconds", type=float, default=20, help="a cell's turns, after which three rounds are enough")
+    add_turns(result, rounds=10, seconds=20, of="a cell's turns")
     result.add_argument("--minutes", type=float, default=float("inf"), help="after which no other cell is begun")
     result.add_argument("--out", type=Path, default=RESULTS / "models.csv")
     return result

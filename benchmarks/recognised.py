@@ -41,7 +41,7 @@ from torch import Tensor, nn
 import fsa_compile
 from benchmarks.attentions import attempt, compiled
 from benchmarks.cases import WRONG_BLOCKS, peak_mib
-from benchmarks.common import RESULTS, Times, timings, write_csv
+from benchmarks.common import RESULTS, Times, add_turns, timings, write_csv
 from benchmarks.models import ALONE, caches_in, seconds_of
 from benchmarks.recognised_models import LAYER, MODELS, Model, Sizes
 from fsa_compile import lowering
@@ -349,10 +349,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--heads", type=int, nargs=2, metavar=("QUERY", "KEY"), help="of all models but MiniMax-M3")
     result.add_argument("--no-check", dest="check", action="store_false", help="do not train and compare")
     result.add_argument("--check-length", type=int, help="instead of 8192, and 3072 for MiniMax-M3")
-    result.add_argument("--device", default="cuda")
-    result.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    result.add_argument("--rounds", type=int, default=10)
-    result.add_argument("--seconds", type=float, default=6, help="a cell's turns, after which three rounds are enough")
+    add_turns(result, rounds=10, seconds=6, of="a cell's turns")
     result.add_argument("--minutes", type=float, default=float("inf"), help="after which no other model is begun")
     result.add_argument("--out", type=Path, default=RESULTS / "recognised.csv")
     return result

@@ -15,7 +15,7 @@ from torch import fx
 
 from fsa_compile.lowering.recognise import recognise_graph
 
-assert _clean  # a fixture that is used by all tests here
+__all__ = ["_clean"]
 
 _MOST = 1.0  # seconds of a processor, the least of some runs
 _SLOWEST = ("long_einsum_grouped", "definition_by_weights", "indexer_of_sums", "long_flex")

@@ -301,7 +301,8 @@ def _is_function(target: Any) -> bool:
 class _Once(TorchDispatchMode):
     """What was computed of the same operands is not computed again: most of the second of two equal computations.
 
-    With dynamic sizes, a fake tensor's operators take milliseconds each.
+    With dynamic sizes, a fake tensor's operators take milliseconds each. Equal results are one tensor, so that nothing
+    may be written to: it is for what `functionalize` makes of a program.
     """
 
     def __init__(self) -> None:
@@ -312,8 +313,8 @@ class _Once(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            self._known.clear()
-        if func._schema.is_mutable or not _is_function(func):
+            raise NotUnderstood(f"{func} is not functional")
+        if not _is_function(func):
             return func(*args, **kwargs)
         key = str(func), _plain(args, self), _plain(kwargs, self)
         if key not in self._known:
