@@ -67,29 +67,29 @@ _LISTS = Pass(
 
 
 def _cut(width: Expr) -> tuple[Expr, Expr]:
-    """Parts of a call whose partials of this width take turns in the workspace, and how many lists they are of.
+    """Parts of a call whose partials of this width take turns in the workspace, and how many pairs of dk and dv.
 
-    As ``ops/selected/chunks.py`` cuts it, but for divisors: a query head is not cut, and a group's have one list.
+    As ``ops/selected/chunks.py`` cuts it, but for divisors: a query head is not cut, and a group's heads have one pair.
     """
     parts = Min(B * HK * G, Max(1, ceiling(tensor_bytes(B * T * HK * G * S, width) / X)))
     return parts, Min(parts, B * HK)
 
 
-# Every list's items end by themselves, which is most of what cutting costs.
+# Every part's items end by themselves, which is most of what cutting costs.
 _of_d, _of_dv = _cut(D), _cut(DV)
 
 
 def _cutting(cut: tuple[Expr, Expr], width: Expr, launches: int, tiles: Expr | int = 0) -> Pass:
-    """What else it costs: launches, of a part's kernels beside its lists' too, and bytes.
+    """What else it costs: launches, of a part's kernels and of the lists of batch rows beside the first, and bytes.
 
     Each part of a group leaves its own ``tiles`` (bytes), which are added up.
     """
-    parts, lists = cut
+    parts, pairs = cut
     return Pass(
         "parts",
-        "if partials exceed the workspace: lists for each part, and the results of parts copied together",
-        dram_bytes=Min(1, parts - 1) * 2 * tensor_bytes(_q_rows, width) + (parts / lists - 1) * 4 * tiles,
-        launches=(lists - 1) * _LISTS.launches + (parts - 1) * launches,
+        "if partials exceed the workspace: lists for parts of a batch, and the results of parts copied together",
+        dram_bytes=Min(1, parts - 1) * 2 * tensor_bytes(_q_rows, width) + (parts / pairs - 1) * 4 * tiles,
+        launches=(Min(parts, B) - 1) * _LISTS.launches + (parts - 1) * launches,
     )
 
 
@@ -132,7 +132,7 @@ _KEYS_PER_BLOCK = 8
 # What a tile does before and after its walk takes as long as so many blocks (an H100, G = 1 to 8: 4 to 5).
 _BLOCKS_PER_TILE = 4
 
-_SORTED = 24 * E  # bytes, while the lists are sorted
+_SORTED = 24 * E  # bytes, while the lists are sorted; 4 of them stay
 
 
 def _walk(
@@ -195,8 +195,11 @@ _KV_OUTER_BACKWARD = (
     _TILE_SUM,
     _cutting(_of_d, D, launches=4, tiles=_dkv_tiles),
 )
-_kv_outer_forward_scratch = _SORTED / _of_dv[1] + (tensor_bytes(P, DV) + 8 * P) / _of_dv[0]
-_kv_outer_backward_scratch = (_SORTED + _dkv_tiles) / _of_d[1] + tensor_bytes(P, D) / _of_d[0]
+_listed = 4 * E / Min(_of_dv[0], B)
+_kv_outer_forward_scratch = Max(_SORTED / Min(_of_dv[0], B), _listed + (tensor_bytes(P, DV) + 8 * P) / _of_dv[0])
+_kv_outer_backward_scratch = Max(
+    _SORTED / Min(_of_d[0], B), _listed + _dkv_tiles / _of_d[1] + tensor_bytes(P, D) / _of_d[0]
+)
 
 # Blocks that all of a tile's tokens share are agreed on, and hardly any of those that they draw by themselves.
 _agreed = a * S

@@ -38,6 +38,10 @@ class Chunk(NamedTuple):
         """Its part of a ``[B, T, HK, ...]`` tensor: a view."""
         return _cut(_cut(x, 0, self.rows), 2, self.kv_heads)
 
+    def of_rows(self, x: Tensor) -> Tensor:
+        """Its batch rows of a tensor, with all heads: a view."""
+        return _cut(x, 0, self.rows)
+
     def of_runs(self, runs: Runs) -> Runs:
         """cu_seqlens_q and cu_seqlens_k, which have no batch, and its part of seqused_k and leftpad_k."""
         cu_seqlens_q, cu_seqlens_k, *keys = runs

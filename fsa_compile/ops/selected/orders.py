@@ -48,24 +48,21 @@ def _kv_outer_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``more``: out, shift and log_sum of attention to other blocks, of all rows."""
 
-    def part(heads: list[Chunk]) -> list[tuple[Tensor, ...]]:
-        where = heads[0].of_runs(runs)
-        keys, values = heads[0].of_kv_heads(k), heads[0].of_kv_heads(v)
-        blocks = dense(heads[0].of_kv_heads(block_indices), block_indices)
-        lists = _ops._block_lists(blocks, *where, **blocks_of)
-        done: list[tuple[Tensor, ...]] = []
-        for chunk in heads:
-            queries = chunk.of_query_heads(q, group)
-            partials = _ops._selected_fwd_kv_outer(queries, keys, values, blocks, *lists, *where, **sizes)
-            others = [chunk.of_query_heads(x, group) for x in more] or (None,) * 3
-            done.append(_ops._merge_partials(*partials, blocks, *others, *where, **blocks_of, scale=sizes["scale"]))
-            del partials  # the next take their place
-        return done
+    def part(chunk: Chunk, where: Runs, blocks: Tensor, lists: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        of = {"first_head": chunk.kv_heads.start}
+        queries, keys, values = chunk.of_query_heads(q, group), chunk.of_kv_heads(k), chunk.of_kv_heads(v)
+        partials = _ops._selected_fwd_kv_outer(queries, keys, values, blocks, *lists, *where, **sizes, **of)
+        others = [chunk.of_query_heads(x, group) for x in more] or (None,) * 3
+        return _ops._merge_partials(*partials, blocks, *others, *where, **blocks_of, scale=sizes["scale"], **of)
 
     blocks_of = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
     group = q.shape[2] // k.shape[2]
-    cut = chunks(q, k, v.shape[3], block_indices.shape[3])
-    out, shift, log_sum = joined([[part(heads) for heads in rows] for rows in cut])
+    parts = []
+    for cut in chunks(q, k, v.shape[3], block_indices.shape[3]):
+        where, blocks = cut[0][0].of_runs(runs), dense(cut[0][0].of_rows(block_indices), block_indices)
+        lists = _ops._block_lists(blocks, *where, **blocks_of)
+        parts.append([[part(chunk, where, blocks, lists) for chunk in heads] for heads in cut])
+    out, shift, log_sum = joined(parts)
     return out, shift, log_sum
 
 
@@ -105,10 +102,10 @@ def _tile_dq(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any]) -> Te
 
 
 def _key_value_gradients(
-    tiles: list[Tensor], lists: Any, k: Tensor, v: Tensor, runs: Runs, block_size: int
+    tiles: list[Tensor], tile_offsets: Tensor, k: Tensor, v: Tensor, runs: Runs, block_size: int, first_head: int = 0
 ) -> tuple[Tensor, ...]:
     return tuple(
-        _ops._reduce_tiles(part, lists[2], x, *runs, block_size=block_size)
+        _ops._reduce_tiles(part, tile_offsets, x, *runs, block_size=block_size, first_head=first_head)
         for part, x in zip(tiles, (k, v), strict=True)
     )
 
@@ -122,7 +119,7 @@ def _backward(
     lists = _ops._block_lists(block_indices, *runs, seq_len_k=k.shape[1], block_size=sizes["block_size"])
     weights = _ops._row_weights(shift, log_sum, delta, scale=sizes["scale"], compensated=q.dtype == torch.float32)
     *tiles, _ = _ops._selected_bwd_kv_outer(*tensors, weights, *lists, *runs, **sizes, with_dq=False)
-    dk, dv = _key_value_gradients(tiles, lists, k, v, runs, sizes["block_size"])
+    dk, dv = _key_value_gradients(tiles, lists[2], k, v, runs, sizes["block_size"])
     return dq_by(known, runs, sizes), dk, dv
 
 
@@ -133,26 +130,29 @@ def _kv_outer_backward(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, A
     blocks_of = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
     group = q.shape[2] // k.shape[2]
 
-    def part(heads: list[Chunk]) -> tuple[list[tuple[Tensor]], tuple[Tensor, ...]]:
+    def part(
+        heads: list[Chunk], where: Runs, blocks: Tensor, lists: tuple[Tensor, ...]
+    ) -> tuple[list[tuple[Tensor]], tuple[Tensor, ...]]:
         """dq of each of the parts of a group, and dk and dv, which are sums over all of it."""
-        where = heads[0].of_runs(runs)
+        first_head = heads[0].kv_heads.start
         keys, values = heads[0].of_kv_heads(k), heads[0].of_kv_heads(v)
-        blocks = dense(heads[0].of_kv_heads(block_indices), block_indices)
-        lists = _ops._block_lists(blocks, *where, **blocks_of)
         dq: list[tuple[Tensor]] = []
         sums: list[Tensor] = []
         for chunk in heads:
             grads, queries = (chunk.of_query_heads(x, group) for x in (grad_out, q))
             rows = dense(chunk.of_query_heads(weights, group), weights)
-            given = (grads, queries, keys, values, blocks, rows)
-            *tiles, partials = _ops._selected_bwd_kv_outer(*given, *lists, *where, **sizes, with_dq=True)
-            dq.append((_ops._sum_partials(partials, blocks, *where, **blocks_of),))
+            given = (grads, queries, keys, values, blocks, rows, *lists, *where)
+            *tiles, partials = _ops._selected_bwd_kv_outer(*given, **sizes, with_dq=True, first_head=first_head)
+            dq.append((_ops._sum_partials(partials, blocks, *where, **blocks_of, first_head=first_head),))
             del partials  # the next take their place
             sums = [a + b for a, b in zip(sums, tiles, strict=True)] if sums else tiles
-        return dq, _key_value_gradients(sums, lists, keys, values, where, sizes["block_size"])
+        return dq, _key_value_gradients(sums, lists[2], keys, values, where, sizes["block_size"], first_head)
 
-    cut = chunks(q, k, q.shape[3], block_indices.shape[3])
-    parts = [[part(heads) for heads in rows] for rows in cut]
+    parts = []
+    for cut in chunks(q, k, q.shape[3], block_indices.shape[3]):
+        where, blocks = cut[0][0].of_runs(runs), dense(cut[0][0].of_rows(block_indices), block_indices)
+        lists = _ops._block_lists(blocks, *where, **blocks_of)
+        parts.append([part(heads, where, blocks, lists) for heads in cut])
     (dq,) = joined([[found for found, _ in rows] for rows in parts])
     dk, dv = joined([[[grads] for _, grads in rows] for rows in parts])
     return dq, dk, dv

@@ -18,7 +18,7 @@ from ..query_tiles import exponent_shift
 from ..sequences import Rows, Sequences
 from ..tiles import LOG2E, dot, finite_part, store_output
 from .lists import chunk_keys, list_rows, list_tile, load_chunk, load_entries, load_rows, tiles_that_hide
-from .sizes import LISTS, Lists, SelectedSizes, attention_inputs, list_inputs, spread, warps
+from .sizes import LISTS, Lists, Part, SelectedSizes, attention_inputs, list_inputs, spread, warps
 
 
 @triton.jit
@@ -63,11 +63,11 @@ def store_stats(partial_stats, partial, valid, row_max, row_sum):
 
 @triton.jit
 def selected_fwd_kv_outer_kernel(
-    q: Rows, k: Rows, v: Rows, block_indices, lists: Lists, partial_out, partial_stats, seqs: Sequences, scale,
-    SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
+    q: Rows, k: Rows, v: Rows, block_indices, lists: Lists, part: Part, partial_out, partial_stats,
+    seqs: Sequences, scale, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(1)
-    first, last, block, hk, run = list_tile(tl.program_id(0), block_indices, lists, seqs, SIZES)
+    first, last, block, hk, run = list_tile(tl.program_id(0), block_indices, lists, part, seqs, SIZES)
     keys, exists = chunk_keys(block, chunk, run.num_keys, first < last, SIZES)
     k_chunk = load_chunk(k, run, hk, keys, exists, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     v_chunk = load_chunk(v, run, hk, keys, exists, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
@@ -81,13 +81,13 @@ def selected_fwd_kv_outer_kernel(
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
     cols = tl.arange(0, BLOCK_DV)[None, :]
     start = hidden * 0
-    for part in tl.static_range(2):  # rows that may not see all keys, and those that do
+    for step in tl.static_range(2):  # rows that may not see all keys, and those that do
         for m in range(start, end):
             entry = load_entries(lists.entries, first, last, m, SIZES, BLOCK_M)
-            valid, _, t, pos, g, partial = list_rows(entry, first, last, m, chunk, run, seqs, SIZES, BLOCK_M)
+            valid, _, t, pos, g, partial = list_rows(entry, first, last, m, chunk, part, run, seqs, SIZES, BLOCK_M)
             rows = load_rows(q, run.b, hk, t, g, None, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
             out, row_max, row_sum = attend_chunk(
-                rows, k_chunk, v_chunk, keys, pos, spoiled_from, scale * LOG2E, part == 0
+                rows, k_chunk, v_chunk, keys, pos, spoiled_from, scale * LOG2E, step == 0
             )
             store_stats(partial_stats, partial, valid, row_max, row_sum)
             mask = valid[:, None] & (cols < SIZES.HEAD_DIM_V)
@@ -96,20 +96,26 @@ def selected_fwd_kv_outer_kernel(
         end = tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M)
 
 
-def plan(q: Any, k: Any, v: Any, block_indices: Any, *lists_and_seqs: Any, block_size: int, scale: float) -> Plan:
-    """Partials ``[B, T, HK, S, C, G, DV]`` and their statistics ``[..., 2]``, where a slot's block is visible."""
+def plan(
+    q: Any, k: Any, v: Any, block_indices: Any, *lists_and_seqs: Any, block_size: int, scale: float, first_head: int = 0
+) -> Plan:
+    """Partials ``[B, T, HK, S, C, G, DV]`` and their statistics ``[..., 2]``, where a slot's block is visible.
+
+    block_indices and the lists may be of more heads than ``k``, whose first is then their ``first_head``.
+    """
     sizes = SelectedSizes.of_call(q, k, v, block_indices, block_size)
-    shape = (*block_indices.shape, sizes.NUM_CHUNKS, sizes.GROUP)
+    shape = sizes.partials(*block_indices.shape[:2])
+    lists, num_tiles = list_inputs(lists_and_seqs[:4], block_indices, sizes.NUM_KV_HEADS, first_head)
     return Plan(
         attention_inputs(q, k, v, block_indices)
-        | list_inputs(lists_and_seqs[:4])
+        | lists
         | {"seqs": sequences(q, k.shape[1], lists_and_seqs[4:]), "scale": scale},
         {
             "partial_out": Output((*shape, sizes.HEAD_DIM_V), q.dtype),
             "partial_stats": Output((*shape, 2), torch.float32),
         },
         sizes,
-        (lists_and_seqs[1].shape[0], sizes.NUM_CHUNKS),
+        (num_tiles, sizes.NUM_CHUNKS),
     )
 
 
@@ -133,6 +139,6 @@ def candidates(sizes: SelectedSizes, device: Device) -> list[Config]:
 FWD_KV_OUTER = Kernel(
     selected_fwd_kv_outer_kernel,
     f"_selected_fwd_kv_outer(Tensor q, Tensor k, Tensor v, Tensor block_indices, {LISTS}, {SEQUENCES}, *, "
-    "int block_size, float scale) -> (Tensor partial_out, Tensor partial_stats)",
+    "int block_size, float scale, int first_head=0) -> (Tensor partial_out, Tensor partial_stats)",
     plan, grid, heuristic, candidates,
 )  # fmt: skip

@@ -5,20 +5,24 @@ import triton.language as tl
 
 from ..sequences import Rows, Run, Sequences, run_of_row
 from ..tiles import load_tile, load_whole_tile
-from .sizes import Lists
+from .sizes import Lists, Part
 
 # Partials of a row up to which their loop is unrolled.
 MAX_UNROLLED = tl.constexpr(64)
 
 
 @triton.jit
-def list_tile(w, block_indices, lists: Lists, seqs: Sequences, SIZES: tl.constexpr):
-    """Which entries tile ``w`` holds and which block they chose; the tile's first entry tells everything else.
+def list_tile(w, block_indices, lists: Lists, part: Part, seqs: Sequences, SIZES: tl.constexpr):
+    """Which entries the ``w``-th tile of a part holds and which block they chose; the first tells everything else.
 
     Returns ``(first, last, block, hk, run)``. ``first == last`` for the unused tiles at the end, whose other values
     are harmless to compute with.
     """
-    block_list = tl.load(lists.tile_list + w)
+    used = w >= 0
+    if part is not None:
+        w += tl.load(lists.tile_offsets + part.first_list)
+        used = w < tl.load(lists.tile_offsets + part.end_list)
+    block_list = tl.load(lists.tile_list + w, mask=used, other=-1)
     used = block_list >= 0
     block_list = tl.where(used, block_list, 0)
     first = tl.load(lists.list_offsets + block_list)
@@ -29,8 +33,10 @@ def list_tile(w, block_indices, lists: Lists, seqs: Sequences, SIZES: tl.constex
     last = tl.where(used, last, 0)
     entry = tl.load(lists.entries + first, mask=used, other=0)
     block = tl.load(block_indices + entry, mask=used, other=0)
-    hk = ((entry // SIZES.NUM_SELECTED) % SIZES.NUM_KV_HEADS).to(tl.int32)
-    n = (entry // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)).to(tl.int32)
+    hk = ((entry // SIZES.NUM_SELECTED) % SIZES.LISTED_HEADS).to(tl.int32)
+    if part is not None:
+        hk = tl.where(used, hk - part.first_head, 0)
+    n = (entry // (SIZES.NUM_SELECTED * SIZES.LISTED_HEADS)).to(tl.int32)
     run, _ = run_of_row(seqs, n)
     return first, last, block, hk, run
 
@@ -58,7 +64,7 @@ def load_entries(entries, first, last, m, SIZES: tl.constexpr, BLOCK_M: tl.const
 
 @triton.jit
 def list_rows(
-    entry, first, last, m, chunk, run: Run, seqs: Sequences, SIZES: tl.constexpr, BLOCK_M: tl.constexpr
+    entry, first, last, m, chunk, part: Part, run: Run, seqs: Sequences, SIZES: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
     """The rows of ``rows_of_tile`` that entries ``entry`` are.
 
@@ -67,7 +73,10 @@ def list_rows(
     """
     place, g = rows_of_tile(first, m, SIZES, BLOCK_M)
     entry = entry.to(tl.uint32)
-    n = (entry // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)).to(tl.int32)
+    n = (entry // (SIZES.NUM_SELECTED * SIZES.LISTED_HEADS)).to(tl.int32)
+    if part is not None:
+        OTHERS: tl.constexpr = SIZES.LISTED_HEADS - SIZES.NUM_KV_HEADS
+        entry -= ((n * OTHERS + part.first_head) * SIZES.NUM_SELECTED).to(tl.uint32)
     t = n
     if seqs.cu_seqlens_q is None:
         t -= run.b * seqs.seq_len
@@ -86,7 +95,7 @@ def tiles_that_hide(
     ENTRIES: tl.constexpr = SIZES.ENTRIES_PER_TILE
     place = first + tl.arange(0, ENTRIES)
     entry = tl.load(entries + place, mask=place < last, other=2147483647)
-    n = entry // (SIZES.NUM_SELECTED * SIZES.NUM_KV_HEADS)
+    n = entry // (SIZES.NUM_SELECTED * SIZES.LISTED_HEADS)
     if seqs.cu_seqlens_q is None:
         n -= run.b * seqs.seq_len
     sees = block * SIZES.BLOCK_SIZE + (chunk + 1) * SIZES.CHUNK_N - 1 - run.offset + run.first_row
@@ -119,12 +128,12 @@ def load_rows(x: Rows, b, hk, t, g, valid, GROUP: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def partial_slots(rows, num_rows, seqs: Sequences, SIZES: tl.constexpr):
+def partial_slots(rows, num_rows, first_head, seqs: Sequences, SIZES: tl.constexpr):
     """Where the slots of output rows (one query head each, int32) lie.
 
-    Returns ``(exists, pos, slots, g, b, t, h)``: whether a row exists, its position, its first entry (int64), its
-    head within the group; and its place in the output. Rows are int32, as a 64-bit division takes as long as a row's
-    loads.
+    Returns ``(exists, pos, ids, slots, g, b, t, h)``: whether a row exists, its position, its first entry (int64) in
+    block_indices and that of its partials, its head within the group; and its place in the output. Rows are int32, as a
+    64-bit division takes as long as a row's loads.
     """
     exists = rows < num_rows
     rows = tl.where(exists, rows, 0)
@@ -132,4 +141,10 @@ def partial_slots(rows, num_rows, seqs: Sequences, SIZES: tl.constexpr):
     h = rows - n * (SIZES.NUM_KV_HEADS * SIZES.GROUP)
     run, t = run_of_row(seqs, n)
     pos = tl.where(run.num_keys > 0, run.offset + t - run.first_row, -1)
-    return exists, pos, (rows // SIZES.GROUP).to(tl.int64) * SIZES.NUM_SELECTED, h % SIZES.GROUP, run.b, t, h
+    head = (rows // SIZES.GROUP).to(tl.int64)
+    slots = head * SIZES.NUM_SELECTED
+    ids = slots
+    if first_head is not None:
+        OTHERS: tl.constexpr = SIZES.LISTED_HEADS - SIZES.NUM_KV_HEADS
+        ids = (head + (n.to(tl.int64) * OTHERS + first_head)) * SIZES.NUM_SELECTED
+    return exists, pos, ids, slots, h % SIZES.GROUP, run.b, t, h

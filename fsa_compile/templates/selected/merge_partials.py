@@ -21,10 +21,10 @@ from .sizes import SelectedSizes, spread
 
 @triton.jit
 def weighted_partial(
-    partial_out, partial_stats, block_indices, exists, pos, slots, g, i, shift, total, scale, SIZES: tl.constexpr
+    partial_out, partial_stats, block_indices, exists, pos, ids, slots, g, i, shift, total, scale, SIZES: tl.constexpr
 ):
     """What each row's ``i``-th partial adds to its output."""  # [BLOCK_R, BLOCK_DV]
-    block = tl.load(block_indices + slots + i // SIZES.NUM_CHUNKS)
+    block = tl.load(block_indices + ids + i // SIZES.NUM_CHUNKS)
     seen = exists & is_visible(block, pos, SIZES.BLOCK_SIZE)
     partial = (slots * SIZES.NUM_CHUNKS + i) * SIZES.GROUP + g
     part_max = tl.load(partial_stats + partial * 2, mask=seen, other=float("-inf"))
@@ -46,7 +46,7 @@ class Agreed(NamedTuple):
 
 @triton.jit
 def merge_partials_tile(
-    partial_out, partial_stats, block_indices, agreed: Agreed, exists, pos, slots, g, b, t, h, scale,
+    partial_out, partial_stats, block_indices, agreed: Agreed, exists, pos, ids, slots, g, b, t, h, scale,
     SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Merged attention of BLOCK_R output rows: float32 ``(out [BLOCK_R, BLOCK_DV], shift, log_sum)``.
@@ -55,7 +55,7 @@ def merge_partials_tile(
     """
     NUM_PARTIALS: tl.constexpr = SIZES.NUM_SELECTED * SIZES.NUM_CHUNKS
     slot = tl.arange(0, BLOCK_S)[None, :]
-    block = tl.load(block_indices + slots[:, None] + slot // SIZES.NUM_CHUNKS, mask=slot < NUM_PARTIALS, other=-1)
+    block = tl.load(block_indices + ids[:, None] + slot // SIZES.NUM_CHUNKS, mask=slot < NUM_PARTIALS, other=-1)
     seen = exists[:, None] & is_visible(block, pos[:, None], SIZES.BLOCK_SIZE)  # [BLOCK_R, BLOCK_S]
     stats = partial_stats + ((slots[:, None] * SIZES.NUM_CHUNKS + slot) * SIZES.GROUP + g[:, None]) * 2
     part_max = tl.load(stats, mask=seen, other=float("-inf"))
@@ -87,26 +87,26 @@ def merge_partials_tile(
     if NUM_PARTIALS <= MAX_UNROLLED:  # so that the loads of all slots are in flight together
         for i in tl.static_range(NUM_PARTIALS):
             acc += weighted_partial(
-                partial_out, partial_stats, block_indices, exists, pos, slots, g, i, shift, total, scale, SIZES
+                partial_out, partial_stats, block_indices, exists, pos, ids, slots, g, i, shift, total, scale, SIZES
             )
     else:
         for i in range(NUM_PARTIALS):
             acc += weighted_partial(
-                partial_out, partial_stats, block_indices, exists, pos, slots, g, i, shift, total, scale, SIZES
+                partial_out, partial_stats, block_indices, exists, pos, ids, slots, g, i, shift, total, scale, SIZES
             )
     return acc, shift, log_or_none(row_sum)
 
 
 @triton.jit
 def merge_partials_kernel(
-    partial_out, partial_stats, block_indices, agreed: Agreed, out, shift, log_sum, num_rows, seqs: Sequences, scale,
-    SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    partial_out, partial_stats, block_indices, agreed: Agreed, first_head, out, shift, log_sum, num_rows,
+    seqs: Sequences, scale, SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    exists, pos, slots, g, b, t, h = partial_slots(rows, num_rows, seqs, SIZES)
+    exists, pos, ids, slots, g, b, t, h = partial_slots(rows, num_rows, first_head, seqs, SIZES)
     value, row_shift, row_log_sum = merge_partials_tile(
-        partial_out, partial_stats, block_indices, agreed, exists, pos, slots, g, b, t, h, scale, SIZES, BLOCK_R,
-        BLOCK_S,
+        partial_out, partial_stats, block_indices, agreed, exists, pos, ids, slots, g, b, t, h, scale, SIZES,
+        BLOCK_R, BLOCK_S,
     )  # fmt: skip
     tl.store(shift + rows, row_shift, mask=rows < num_rows)
     tl.store(log_sum + rows, row_log_sum, mask=rows < num_rows)
@@ -118,10 +118,10 @@ def merge_partials_kernel(
 
 def plan(
     partial_out: Any, partial_stats: Any, block_indices: Any, more_out: Any, more_shift: Any, more_log_sum: Any,
-    *seqs: Any, seq_len_k: Any, block_size: int, scale: float,
+    *seqs: Any, seq_len_k: Any, block_size: int, scale: float, first_head: int = 0,
 ) -> Plan:  # fmt: skip
     """out ``[B, T, HQ, DV]``, shift and log_sum ``[B, T, HQ]`` from what ``fwd_kv_outer`` left, and ``Agreed``."""
-    sizes = SelectedSizes.of_partials(partial_out, block_size)
+    sizes = SelectedSizes.of_partials(partial_out, block_indices, block_size)
     batch, seq_len = block_indices.shape[:2]
     rows = (batch, seq_len, sizes.NUM_KV_HEADS * sizes.GROUP)
     num_rows = batch * seq_len * rows[2]
@@ -133,6 +133,7 @@ def plan(
             "partial_stats": Dense(partial_stats),
             "block_indices": Dense(block_indices),
             "agreed": Agreed(*agreed),
+            "first_head": sizes.first_head(first_head),
             "num_rows": num_rows,
             "seqs": sequences(block_indices, seq_len_k, seqs),
             "scale": scale,
@@ -163,6 +164,6 @@ MERGE_PARTIALS = Kernel(
     merge_partials_kernel,
     "_merge_partials(Tensor partial_out, Tensor partial_stats, Tensor block_indices, Tensor? more_out, "
     f"Tensor? more_shift, Tensor? more_log_sum, {SEQUENCES}, *, "
-    "SymInt seq_len_k, int block_size, float scale) -> (Tensor out, Tensor shift, Tensor log_sum)",
+    "SymInt seq_len_k, int block_size, float scale, int first_head=0) -> (Tensor out, Tensor shift, Tensor log_sum)",
     plan, grid, heuristic, candidates,
 )  # fmt: skip

@@ -26,10 +26,22 @@ class Lists(NamedTuple):
     list_offsets: Any
 
 
+class Part(NamedTuple):
+    """Which key/value heads of those listed a launch is of: the first, its first list, and the list after the last."""
+
+    first_head: Any
+    first_list: Any
+    end_list: Any
+
+
 class SelectedSizes(NamedTuple):
-    """Static sizes; lengths and batch are run-time values and not part of it. Tiles are 16 wide at least."""
+    """Static sizes; lengths and batch are run-time values and not part of it. Tiles are 16 wide at least.
+
+    NUM_KV_HEADS: of q, k, v and partials, which may be a part of LISTED_HEADS, those of block_indices and lists.
+    """
 
     NUM_KV_HEADS: int
+    LISTED_HEADS: int
     GROUP: int
     HEAD_DIM: int
     HEAD_DIM_V: int
@@ -45,16 +57,17 @@ class SelectedSizes(NamedTuple):
 
     @classmethod
     def of(
-        cls, num_kv_heads: Any, group: Any, head_dim: Any, head_dim_v: Any, num_selected: Any, block_size: int,
-        itemsize: int,
+        cls, num_kv_heads: Any, listed_heads: Any, group: Any, head_dim: Any, head_dim_v: Any, num_selected: Any,
+        block_size: int, itemsize: int,
     ) -> SelectedSizes:  # fmt: skip
         """Derive the tiles' sizes."""
         block_n, chunk_n = (
             rule(block_size, int(head_dim), int(head_dim_v), itemsize) for rule in (selected_block_n, selected_chunk_n)
         )
         return cls(
-            int(num_kv_heads), int(group), int(head_dim), int(head_dim_v), int(num_selected), block_size, itemsize,
-            padded(int(head_dim)), padded(int(head_dim_v)), block_n, chunk_n, block_size // chunk_n, ENTRIES_PER_TILE,
+            int(num_kv_heads), int(listed_heads), int(group), int(head_dim), int(head_dim_v), int(num_selected),
+            block_size, itemsize, padded(int(head_dim)), padded(int(head_dim_v)), block_n, chunk_n,
+            block_size // chunk_n, ENTRIES_PER_TILE,
         )  # fmt: skip
 
     @classmethod
@@ -62,16 +75,25 @@ class SelectedSizes(NamedTuple):
         """Read the sizes off q, k, v ``[B, T, H, D]`` and block_indices ``[B, T, HK, S]``."""
         num_kv_heads = k.shape[2]
         return cls.of(
-            num_kv_heads, q.shape[2] // num_kv_heads, q.shape[3], v.shape[3], block_indices.shape[3], block_size,
-            q.dtype.itemsize,
+            num_kv_heads, block_indices.shape[2], q.shape[2] // num_kv_heads, q.shape[3], v.shape[3],
+            block_indices.shape[3], block_size, q.dtype.itemsize,
         )  # fmt: skip
 
     @classmethod
-    def of_partials(cls, partial: Any, block_size: int) -> SelectedSizes:
-        """Read them off partials ``[B, T, HK, S, C, G, D]``; both head dims are D."""
+    def of_partials(cls, partial: Any, block_indices: Any, block_size: int) -> SelectedSizes:
+        """Read them off partials ``[B, T, HK, S, C, G, D]`` and block_indices; both head dims are D."""
         _, _, num_kv_heads, num_selected, num_chunks, group, dim = partial.shape
-        sizes = cls.of(num_kv_heads, group, dim, dim, num_selected, block_size, partial.dtype.itemsize)
+        listed = block_indices.shape[2]
+        sizes = cls.of(num_kv_heads, listed, group, dim, dim, num_selected, block_size, partial.dtype.itemsize)
         return sizes._replace(NUM_CHUNKS=int(num_chunks), CHUNK_N=block_size // int(num_chunks))
+
+    def partials(self, batch: Any, seq_len: Any) -> tuple[Any, ...]:
+        """Shape of the partials of a call, but for their last axis: ``(B, T, HK, S, C, G)``."""
+        return batch, seq_len, self.NUM_KV_HEADS, self.NUM_SELECTED, self.NUM_CHUNKS, self.GROUP
+
+    def first_head(self, given: int) -> int | None:
+        """``given``, where the heads are a part of those listed."""
+        return None if self.NUM_KV_HEADS == self.LISTED_HEADS else given
 
     @property
     def widest(self) -> int:
@@ -116,9 +138,18 @@ def attention_inputs(q: Any, k: Any, v: Any, block_indices: Any) -> dict[str, An
     return {"q": Strided(q), "k": Strided(k), "v": Strided(v), "block_indices": Dense(block_indices)}
 
 
-def list_inputs(lists: tuple[Any, ...]) -> dict[str, Any]:
-    """The per-block lists as one argument."""
-    return {"lists": Lists(*map(Dense, lists))}
+def list_inputs(
+    lists: tuple[Any, ...], block_indices: Any, num_kv_heads: int, first_head: int
+) -> tuple[dict[str, Any], Any]:
+    """The per-block lists, and which of them a launch is of, as arguments; and how many tiles these have at most."""
+    listed_heads, num_lists = int(block_indices.shape[2]), lists[3].shape[0] - 1
+    part, num_tiles = None, lists[1].shape[0]
+    if num_kv_heads != listed_heads:
+        per_head = num_lists // listed_heads
+        part = Part(first_head, first_head * per_head, (first_head + num_kv_heads) * per_head)
+        entries = block_indices.numel() // listed_heads * num_kv_heads
+        num_tiles = entries // ENTRIES_PER_TILE + per_head * num_kv_heads
+    return {"lists": Lists(*map(Dense, lists)), "part": part}, num_tiles
 
 
 BACKWARD = (
