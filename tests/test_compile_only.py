@@ -12,7 +12,8 @@ from fsa_compile import cost
 from fsa_compile.ops import options
 from fsa_compile.ops.kernels import KERNELS
 from fsa_compile.ops.options import Layout
-from fsa_compile.ops.rules import RULES
+from fsa_compile.ops.rules import RULES, kernel_runs
+from fsa_compile.ops.selected.block_lists import block_lists
 from fsa_compile.templates.kernel import Kernel, Plan
 from fsa_compile.testing.compile_only import (
     SHARED_MEMORY,
@@ -77,6 +78,7 @@ def launches(
             ("compressed_attention", (q, k_cmp, v_cmp), options.Compressed(32, 16, seq_len, 0.1)),
             ("sliding_window_attention", (q, k, v), options.Sliding(512, 0.1)),
         ]
+        block_lists(block_indices, *kernel_runs(layout), seq_len_k=seq_len, block_size=block_size)
         for name, inputs, given in calls:
             results = RULES[f"{name}_forward"].fn(*inputs, given, layout)
             RULES[f"{name}_backward"].fn(results[0], None, *inputs, *results, given, layout)

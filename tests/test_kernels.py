@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fsa_compile.ops import options
 from fsa_compile.ops.options import Layout
 from fsa_compile.ops.selected import orders
+from fsa_compile.ops.selected.block_lists import block_lists
 from fsa_compile.templates.attention_delta import ATTENTION_DELTA
 from fsa_compile.templates.row_weights import ROW_WEIGHTS
 from fsa_compile.templates.selected import KERNELS
@@ -219,19 +220,23 @@ def test_opcheck_of_the_internal_operators(packed: bool) -> None:
             results = orders.selected_attention_forward(x.q, x.k, x.v, x.block_indices, *how)
             grads = (results[0], results[2])
             orders.selected_attention_backward(*grads, x.q, x.k, x.v, x.block_indices, *results, *how)
+    with Check():
+        block_lists(x.block_indices, x.cu_seqlens_q, None, None, None, seq_len_k=20, block_size=16)
     shared = (ATTENTION_DELTA, ROW_WEIGHTS)
     assert checked == {f"fsa::_{kernel.name}" for kernel in (*shared, *KERNELS)} | {"fsa::_block_lists"}
 
 
+@kernels
 def test_lists_refuse_more_entries_than_they_number() -> None:
-    many = torch.zeros(1, dtype=torch.int32).expand(1, 2**20, 16, 128)  # one number in memory
+    many = torch.zeros(1, dtype=torch.int32, device=DEVICE).expand(1, 2**20, 16, 128)  # one number in memory
     with pytest.raises(NotImplementedError, match="2147483648 selections"):
         torch.ops.fsa._block_lists(many, None, None, None, None, seq_len_k=2**20, block_size=64)
 
 
+@kernels
 @given(spec=specs())
 def test_lists_hold_every_visible_entry_once_in_order(spec: Spec) -> None:
-    x = make_inputs(spec, "cpu")
+    x = make_inputs(spec, DEVICE)
     seqs = (x.cu_seqlens_q, x.cu_seqlens_k, None, None)
     entries, tile_list, tile_offsets, list_offsets = torch.ops.fsa._block_lists(
         x.block_indices, *seqs, seq_len_k=x.k.shape[1], block_size=spec.block_size

@@ -77,7 +77,8 @@ def variants(problem: cost.Problem, device: torch.device) -> tuple[cost.Problem,
         if cost.scratch_bytes(problem, order, training=True) <= _MEMORY_SHARE * free:
             add(order)
     blocks = {"seq_len_k": problem.seq_len_k, "block_size": problem.block_size}
-    runs["", "lists"] = lambda: torch.ops.fsa._block_lists(block_indices, None, None, None, None, **blocks)
+    if device.type == "cuda":
+        runs["", "lists"] = lambda: torch.ops.fsa._block_lists(block_indices, None, None, None, None, **blocks)
     return replace(problem, agreement=agreement(block_indices, problem)), runs
 
 

@@ -60,9 +60,9 @@ _items_kv = E * C / Min(N_w, T)
 
 _LISTS = Pass(
     "lists",
-    "sort the entries by block: one stable sort, and small kernels for keys, offsets and work items",
+    "sort the entries by block: keys, a stable sort, offsets, work items",
     sorted_keys=_slots,
-    launches=20,
+    launches=20,  # as many as there were when the constants were fitted; since then, twelve
 )
 
 

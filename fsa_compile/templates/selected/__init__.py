@@ -19,12 +19,14 @@ from .bwd_union import BWD_UNION
 from .fwd_kv_outer import FWD_KV_OUTER
 from .fwd_query_outer import FWD_QUERY_OUTER
 from .fwd_union import FWD_UNION
+from .listing import LIST_KEYS, LIST_OFFSETS, LIST_TILES
 from .merge_partials import MERGE_PARTIALS
 from .reduce_tiles import REDUCE_TILES
 from .sum_partials import SUM_PARTIALS
 from .unions import TILE_UNIONS
 
 KERNELS = (
+    LIST_KEYS, LIST_OFFSETS, LIST_TILES,
     FWD_QUERY_OUTER, FWD_KV_OUTER, FWD_UNION, MERGE_PARTIALS,
     BWD_KV_OUTER, BWD_QUERY_OUTER, BWD_UNION, SUM_PARTIALS, REDUCE_TILES, TILE_UNIONS,
 )  # fmt: skip
