@@ -35,13 +35,16 @@ def implementation(name: str, fn: Callable[..., Any], *, values: bool = True) ->
     return op.compile(*lines, fn=fn, is_validating=debug.is_validating, check_values=debug.check_values)
 
 
-def unchecked(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, written as an implementation is, with the arguments and defaults of the operator of its name."""
-    name = fn.__name__
+def unchecked(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates what is written as an implementation is: with the arguments and defaults of `fsa::name`, no checks."""
     op = OPERATORS.get(f"{name}_forward", OPERATORS[name])  # a public attention operator has no bundle of its own
-    made = op.compile(_call(op, fn), checked=False, fn=fn)
-    made.__doc__ = fn.__doc__
-    return made
+
+    def decorated(fn: Callable[..., Any]) -> Callable[..., Any]:
+        made = op.compile(_call(op, fn), checked=False, fn=fn)
+        made.__doc__ = fn.__doc__
+        return made
+
+    return decorated
 
 
 def _call(op: Operator, fn: Callable[..., Any]) -> str:

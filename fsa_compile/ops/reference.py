@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-@unchecked
+@unchecked("mean_compress")
 def mean_compress(x: Tensor, options: Compression, layout: Layout) -> Tensor:
     """Stage 1: means of windows of `kernel_size` tokens, `kernel_stride` apart. [B, T, H, D] -> [B, NC, H, D]."""
     kernel_size, kernel_stride = options
@@ -48,7 +48,7 @@ def mean_compress(x: Tensor, options: Compression, layout: Layout) -> Tensor:
     return windowed.to(_softmax_dtype(x)).mean(-1).to(x.dtype)
 
 
-@unchecked
+@unchecked("compressed_attention")
 def compressed_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, options: Compressed, layout: Layout
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def compressed_attention(
     return _attention(q, k_cmp, v_cmp, visible, options.scale)
 
 
-@unchecked
+@unchecked("select_blocks")
 def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor | None, options: Selection, layout: Layout) -> Tensor:
     """Stage 3: the forced blocks, then the highest scores; ascending, -1 filling the end. [B, T, HK, S] int32."""
     block_size, num_selected, length = options.block_size, options.num_selected, options.seq_len_k
@@ -72,10 +72,7 @@ def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor | None, options: Selecti
             alone = options._replace(seq_len_k=length)
             chosen[b, rows] = select_blocks(q[b, rows], k_cmp[b, cols], lse_, **alone._asdict())
         return chosen
-    score = block_scores(
-        q, k_cmp, lse, block_size=block_size, kernel_size=options.kernel_size, kernel_stride=options.kernel_stride,
-        seq_len_k=length, scale=options.scale, pool=options.pool,
-    )  # fmt: skip
+    score = block_scores(q, k_cmp, lse, **options._asdict())
     block = torch.arange(score.shape[-1], device=q.device)
     current = (_positions(q, length) // block_size)[:, None, None]  # [T, 1, 1]
     forced = (block < options.init_blocks) | (block > current - options.local_blocks)
@@ -89,33 +86,22 @@ def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor | None, options: Selecti
     return F.pad(chosen, (0, num_selected - last), value=-1).to(torch.int32)
 
 
-def block_scores(
-    q: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor | None,
-    *,
-    block_size: int = 64,
-    kernel_size: int = 32,
-    kernel_stride: int = 16,
-    seq_len_k: int | None = None,
-    scale: float | None = None,
-    pool: str = "overlap",
-) -> Tensor:
+@unchecked("select_blocks")
+def block_scores(q: Tensor, k_cmp: Tensor, lse: Tensor | None, options: Selection, layout: Layout) -> Tensor:
     """Scores of the blocks of unpacked sequences, nothing forced or masked: [B, T, HK, ceil(Tk / block_size)]."""
-    seq_len = q.shape[1]
     num_compressed, num_kv_heads = k_cmp.shape[1:3]
-    length = seq_len if seq_len_k is None else seq_len_k
-    visible = _visible_windows(q, k_cmp, length, kernel_size, kernel_stride)
-    logits = _logits(q, k_cmp, scale).masked_fill(~visible, -torch.inf)  # [B, T, HQ, NC]
+    block_size, kernel_size, kernel_stride = options.block_size, options.kernel_size, options.kernel_stride
+    visible = _visible_windows(q, k_cmp, options.seq_len_k, kernel_size, kernel_stride)
+    logits = _logits(q, k_cmp, options.scale).masked_fill(~visible, -torch.inf)  # [B, T, HQ, NC]
     p = logits
     if lse is not None:
         lse = lse.to(logits.dtype).masked_fill(lse == -torch.inf, 0)  # sees nothing: exp(-inf - 0) = 0
         p = (logits - lse[..., None]).exp()
     group = p.unflatten(2, (num_kv_heads, q.shape[2] // num_kv_heads)).sum(3)  # [B, T, HK, NC]
     steps, overlap = block_size // kernel_stride, kernel_size // kernel_stride
-    num_blocks = -(-length // block_size)
+    num_blocks = -(-options.seq_len_k // block_size)
     more = (overlap - 1, max(0, steps * num_blocks - num_compressed))
-    if pool == "max":
+    if options.pool == "max":
         group = F.pad(group.masked_fill(~visible, -torch.inf), more, value=-torch.inf)
         columns = [group[..., m:][..., : num_blocks * steps : steps] for m in range(steps + overlap - 1)]
         columns = [F.pad(column, (0, num_blocks - column.shape[-1]), value=-torch.inf) for column in columns]
@@ -129,7 +115,7 @@ def block_scores(
     return score
 
 
-@unchecked
+@unchecked("selected_attention")
 def selected_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: Selected, layout: Layout
 ) -> tuple[Tensor, Tensor]:
@@ -151,7 +137,7 @@ def selected_attention(
     return _attention(q, k, v, visible.repeat_interleave(q.shape[2] // k.shape[2], 2), options.scale)
 
 
-@unchecked
+@unchecked("sliding_window_attention")
 def sliding_window_attention(
     q: Tensor, k: Tensor, v: Tensor, options: Sliding, layout: Layout
 ) -> tuple[Tensor, Tensor]:
@@ -165,7 +151,7 @@ def sliding_window_attention(
     return _attention(q, k, v, visible[:, None], options.scale)
 
 
-@unchecked
+@unchecked("nsa_attention")
 def nsa_attention(
     q: Tensor, k: Tensor, v: Tensor, g_cmp: Tensor | None, g_slc: Tensor | None, g_swa: Tensor | None, options: Nsa,
     layout: Layout,
