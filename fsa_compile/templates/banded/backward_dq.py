@@ -102,18 +102,17 @@ def banded_bwd_dq_kernel(
 
 
 def plan(
-    grad_out: Any, q: Any, k: Any, v: Any, shift: Any, log_sum: Any, delta: Any, cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None, seqused_k: Any = None, leftpad_k: Any = None, *, seq_len_k: Any, key_stride: int,
-    first_end: int, window: int, scale: float,
+    grad_out: Any, q: Any, k: Any, v: Any, shift: Any, log_sum: Any, delta: Any, *seqs: Any, seq_len_k: Any,
+    key_stride: int, first_end: int, window: int, scale: float,
 ) -> Plan:  # fmt: skip
     """grad_out: (batch, seq_len, num_q_heads, head_dim_v). shift, log_sum, delta: (batch, seq_len, num_q_heads)."""
-    found = inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, seq_len_k, scale)
+    found = inputs(q, k, v, seqs, seq_len_k, scale)
     rows = Statistics(Dense(shift), Dense(log_sum), Dense(delta))
     return Plan(
         inputs={"grad_out": Strided(grad_out), **found, "rows": rows},
         outputs={"dq": Output(tuple(q.shape), q.dtype)},
         sizes=BandedSizes.of_call(q, k, v, key_stride, first_end, window),
-        extent=extent(q, k, cu_seqlens_q),
+        extent=extent(q, k, found["seqs"]),
     )
 
 

@@ -154,21 +154,21 @@ def banded_fwd_kernel(
 
 
 def plan(
-    q: Any, k: Any, v: Any, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, seqused_k: Any = None,
-    leftpad_k: Any = None, *, seq_len_k: Any, key_stride: int, first_end: int, window: int, scale: float,
-) -> Plan:  # fmt: skip
+    q: Any, k: Any, v: Any, *seqs: Any, seq_len_k: Any, key_stride: int, first_end: int, window: int, scale: float
+) -> Plan:
     """q: (batch, seq_len, num_q_heads, head_dim). k, v: (batch, key rows, num_kv_heads, head_dim and head_dim_v)."""
     batch, seq_len, num_q_heads, _ = q.shape
+    found = inputs(q, k, v, seqs, seq_len_k, scale)
     statistics = Output((batch, seq_len, num_q_heads), torch.float32)
     return Plan(
-        inputs=inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, seq_len_k, scale),
+        inputs=found,
         outputs={
             "out": Output((batch, seq_len, num_q_heads, v.shape[3]), q.dtype),
             "shift": statistics,
             "log_sum": statistics,
         },
         sizes=BandedSizes.of_call(q, k, v, key_stride, first_end, window),
-        extent=extent(q, k, cu_seqlens_q),
+        extent=extent(q, k, found["seqs"]),
     )
 
 
