@@ -20,15 +20,6 @@ from torch import Tensor
 from .dispatch import unchecked
 from .options import Compressed, Compression, Layout, Nsa, Selected, Selection, Sliding
 
-__all__ = [
-    "compressed_attention",
-    "mean_compress",
-    "nsa_attention",
-    "select_blocks",
-    "selected_attention",
-    "sliding_window_attention",
-]
-
 
 @unchecked("mean_compress")
 def mean_compress(x: Tensor, options: Compression, layout: Layout) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .sequences import Rows, Run, num_tiles
-from .tiles import LN2, LOG2E, Statistics, rows_apart
+from .tiles import LN2, LOG2E, Statistics, columns, dense_strides, rows_apart
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
@@ -175,6 +175,13 @@ def store_statistics(shift, log_sum, place: Place, row_shift, row_log_sum):
     """Store the two softmax statistics of a tile's rows."""
     tl.store(shift + place.n, row_shift, mask=place.exists)
     tl.store(log_sum + place.n, row_log_sum, mask=place.exists)
+
+
+@triton.jit
+def output_of_tile(place: Place, seq_len, SIZES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Columns, mask and strides with which ``store_output`` stores a tile's rows of ``[B, T, HQ, WIDTH]``."""
+    cols, mask = columns(place.exists, WIDTH, BLOCK_W)
+    return cols, mask, dense_strides(seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, WIDTH)
 
 
 @triton.jit

@@ -13,9 +13,19 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
 from ..opaque import at_run_time
-from ..query_tiles import Keys, load_k, load_rows, load_v, load_weights, query_grid, tile_of_program, what_was_lost
+from ..query_tiles import (
+    Keys,
+    load_k,
+    load_rows,
+    load_v,
+    load_weights,
+    output_of_tile,
+    query_grid,
+    tile_of_program,
+    what_was_lost,
+)
 from ..sequences import Rows, Sequences
-from ..tiles import LOG2E, Statistics, all_finite, columns, dense_strides, dot, finite_part, store_output
+from ..tiles import LOG2E, Statistics, all_finite, dot, finite_part, store_output
 from .bands import Band, in_band, nan_of_keys, query_tile, whole_tiles
 from .sizes import ARGUMENTS, BandedSizes, extent, inputs, query_config
 
@@ -96,8 +106,7 @@ def banded_bwd_dq_kernel(
         BLOCK_E, EDGE_STAGES,
     )  # fmt: skip
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
-    cols, mask = columns(place.exists, SIZES.HEAD_DIM, BLOCK_D)
-    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM)
+    cols, mask, strides = output_of_tile(place, seqs.seq_len, SIZES, SIZES.HEAD_DIM, BLOCK_D)
     store_output(dq, (place.b, place.t[:, None], place.h[:, None], cols), strides, value, mask, (BLOCK_M, BLOCK_D))
 
 

@@ -27,6 +27,7 @@ from ..query_tiles import (
     load_k,
     load_rows,
     load_v,
+    output_of_tile,
     query_grid,
     softmax_end,
     softmax_step,
@@ -34,7 +35,7 @@ from ..query_tiles import (
     tile_of_program,
 )
 from ..sequences import Rows, Sequences
-from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, rows_finite, store_output
+from ..tiles import LOG2E, all_finite, dot, finite_part, rows_finite, store_output
 from .bands import Band, in_band, nan_of_keys, query_tile, whole_tiles
 from .sizes import ARGUMENTS, BandedSizes, extent, inputs, query_config
 
@@ -148,8 +149,7 @@ def banded_fwd_kernel(
     )  # fmt: skip
     store_statistics(shift, log_sum, place, row_shift, row_log_sum)
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
-    cols, mask = columns(place.exists, SIZES.HEAD_DIM_V, BLOCK_DV)
-    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
+    cols, mask, strides = output_of_tile(place, seqs.seq_len, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV)
     store_output(out, (place.b, place.t[:, None], place.h[:, None], cols), strides, value, mask, (BLOCK_M, BLOCK_DV))
 
 
