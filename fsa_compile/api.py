@@ -28,7 +28,14 @@ Conventions shared by all of them:
 Sources: NSA, "Native Sparse Attention", arXiv 2502.11089; FSA, "Flash Sparse Attention", arXiv 2508.18224.
 """
 
+# mypy: disable-error-code="empty-body"
+
 from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -44,7 +51,34 @@ __all__ = [
     "sliding_window_attention",
 ]
 
+_fsa = torch.ops.fsa
+_Function = TypeVar("_Function", bound=Callable[..., object])
+# A length that only the device knows is no hint: reading it would wait, and break a compiled graph.
+_HINT = "None if isinstance({0}, Tensor) else {0}"
 
+
+def _operator(declared: _Function) -> _Function:
+    """The call of the operator that `declared` has the name, the arguments and the defaults of.
+
+    Written out as source, argument by argument: handed on as `*args, **kwargs` they would cost every call more, and a
+    wrong call would be refused in the dispatcher's words.
+    """
+    name, signature = declared.__name__, inspect.signature(declared)
+    given = []
+    for p in signature.parameters.values():
+        value = _HINT.format(p.name) if p.name.startswith("max_seqlen") else p.name
+        given.append(f"{p.name}={value}" if p.kind is p.KEYWORD_ONLY else value)
+    source = f"def {name}{signature}:\n    return _fsa.{name}.default({', '.join(given)})"
+    # In this file and at the declaration's line, which is where a traceback and a graph's stack traces point.
+    at = "\n" * (declared.__code__.co_firstlineno - 1)
+    made: dict[str, _Function] = {}
+    exec(compile(at + source, __file__, "exec"), globals(), made)
+    operator = made[name]
+    functools.update_wrapper(operator, declared)
+    return operator
+
+
+@_operator
 def nsa_attention(
     q: Tensor,
     k: Tensor,
@@ -105,34 +139,9 @@ def nsa_attention(
         ValueError: a shape, device or option does not fit.
         TypeError: a dtype does not fit.
     """
-    return torch.ops.fsa.nsa_attention.default(
-        q,
-        k,
-        v,
-        g_cmp,
-        g_slc,
-        g_swa,
-        k_cmp=k_cmp,
-        v_cmp=v_cmp,
-        block_indices=block_indices,
-        block_size=block_size,
-        num_selected=num_selected,
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        window_size=window_size,
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_hint(max_seqlen_q),
-        max_seqlen_k=_hint(max_seqlen_k),
-        loop_order=loop_order,
-        seqused_k=seqused_k,
-        leftpad_k=leftpad_k,
-    )
 
 
+@_operator
 def selected_attention(
     q: Tensor,
     k: Tensor,
@@ -169,23 +178,9 @@ def selected_attention(
         ValueError: a shape, device or option does not fit.
         TypeError: a dtype does not fit.
     """
-    return torch.ops.fsa.selected_attention.default(
-        q,
-        k,
-        v,
-        block_indices,
-        block_size=block_size,
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_hint(max_seqlen_q),
-        max_seqlen_k=_hint(max_seqlen_k),
-        loop_order=loop_order,
-        seqused_k=seqused_k,
-        leftpad_k=leftpad_k,
-    )
 
 
+@_operator
 def compressed_attention(
     q: Tensor,
     k_cmp: Tensor,
@@ -223,23 +218,9 @@ def compressed_attention(
         ValueError: a shape, device or option does not fit.
         TypeError: a dtype does not fit.
     """
-    return torch.ops.fsa.compressed_attention.default(
-        q,
-        k_cmp,
-        v_cmp,
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        seq_len_k=seq_len_k,
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_hint(max_seqlen_q),
-        max_seqlen_k=_hint(max_seqlen_k),
-        seqused_k=seqused_k,
-        leftpad_k=leftpad_k,
-    )
 
 
+@_operator
 def select_blocks(
     q: Tensor,
     k_cmp: Tensor,
@@ -291,28 +272,9 @@ def select_blocks(
         ValueError: a shape, device or option does not fit.
         TypeError: a dtype does not fit.
     """
-    return torch.ops.fsa.select_blocks.default(
-        q,
-        k_cmp,
-        lse,
-        block_size=block_size,
-        num_selected=num_selected,
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        seq_len_k=seq_len_k,
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_hint(max_seqlen_q),
-        max_seqlen_k=_hint(max_seqlen_k),
-        pool=pool,
-        seqused_k=seqused_k,
-        leftpad_k=leftpad_k,
-    )
 
 
+@_operator
 def sliding_window_attention(
     q: Tensor,
     k: Tensor,
@@ -344,21 +306,9 @@ def sliding_window_attention(
         ValueError: a shape, device or option does not fit.
         TypeError: a dtype does not fit.
     """
-    return torch.ops.fsa.sliding_window_attention.default(
-        q,
-        k,
-        v,
-        window_size=window_size,
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_hint(max_seqlen_q),
-        max_seqlen_k=_hint(max_seqlen_k),
-        seqused_k=seqused_k,
-        leftpad_k=leftpad_k,
-    )
 
 
+@_operator
 def mean_compress(
     x: Tensor,
     *,
@@ -389,16 +339,3 @@ def mean_compress(
         ValueError: a shape, device or option does not fit.
         TypeError: a dtype does not fit.
     """
-    return torch.ops.fsa.mean_compress.default(
-        x,
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        cu_seqlens=cu_seqlens,
-        seqused=seqused,
-        leftpad=leftpad,
-    )
-
-
-def _hint(max_seqlen: int | None) -> int | None:
-    """A length that only the device knows is no hint: reading it would wait, and break a compiled graph."""
-    return None if isinstance(max_seqlen, Tensor) else max_seqlen

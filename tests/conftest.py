@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import gc
 import os
 import shutil
 import tempfile
@@ -52,6 +53,15 @@ def memory_for_others() -> Iterator[None]:
     yield
     if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def own_garbage() -> None:
+    """What is collected during a test is of its own making: to look at a million objects of the compiler takes a second
+    each time, which is how long many a test takes.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -359,12 +359,12 @@ def plans(group: int, head_dim: int, dtype: torch.dtype, **arguments: Any) -> di
     row = empty(1, 8192, 4 * group, dtype=torch.float32)
     arguments |= {"seq_len_k": 8192, "scale": 0.1}
     weights = empty(1, 8192, 4 * group, 3 if dtype == torch.float32 else 2, dtype=torch.float32)
-    splits = 1 if arguments["window"] else 4
+    splits, nowhere = 1 if arguments["window"] else 4, (None,) * 4
     parts = empty(splits, rows, 4, head_dim, dtype=torch.float32)
     return {
-        "banded_fwd": BANDED_FWD.plan(q, k, k, **arguments),
-        "banded_bwd_dq": BANDED_BWD_DQ.plan(q, q, k, k, row, row, row, **arguments),
-        "banded_bwd_dkv": BANDED_BWD_DKV.plan(q, q, k, k, weights, **arguments, splits=splits),
+        "banded_fwd": BANDED_FWD.plan(q, k, k, *nowhere, **arguments),
+        "banded_bwd_dq": BANDED_BWD_DQ.plan(q, q, k, k, row, row, row, *nowhere, **arguments),
+        "banded_bwd_dkv": BANDED_BWD_DKV.plan(q, q, k, k, weights, *nowhere, **arguments, splits=splits),
         "banded_sum": BANDED_SUM.plan(parts, k, splits=splits),
     }
 

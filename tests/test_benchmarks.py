@@ -7,7 +7,6 @@ import functools
 import gc
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,13 +191,10 @@ _CPU = ["--models", "tiny", "--device", "cpu", "--dtype", "float32", "--layers",
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A model for a test, whose graphs are not compiled further; every step collects garbage, of the test's own."""
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model for a test, whose graphs are not compiled further."""
     monkeypatch.setitem(decoder.SHAPES, "tiny", _TINY)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("tiny")

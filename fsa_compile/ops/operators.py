@@ -137,10 +137,11 @@ class Operator:
 
     # ------------------------------------------------------------------------------------------------- generated code
 
-    def compile(self, *body: str, **namespace: Any) -> Callable[..., Any]:
+    def compile(self, *body: str, checked: bool = True, **namespace: Any) -> Callable[..., Any]:
         """A function of the operator's signature: its checks, which leave a `call`, and then the lines of `body`."""
         parameters = str(self.signature).replace("<", "_").replace(">", "_")
-        lines = [f"def {self.name}{parameters}:", *(f"    {line}" for line in (*self._checks(), *body))]
+        body = (*self._checks(), *body) if checked else body
+        lines = [f"def {self.name}{parameters}:", *(f"    {line}" for line in body)]
         names = {"Call": arguments.Call, "TENSORS": TENSORS, **vars(arguments), **vars(options), **namespace}
         exec(compile("\n".join(lines), f"<fsa::{self.name}>", "exec"), names)
         made = names[self.name]

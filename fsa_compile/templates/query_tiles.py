@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .sequences import Rows, Run, num_tiles
-from .tiles import LN2, LOG2E, Statistics
+from .tiles import LN2, LOG2E, Statistics, columns, dense_strides, rows_apart
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
@@ -45,6 +45,17 @@ def query_grid(extent: tuple[Any, ...], tiles: dict[str, Any], cdiv: Any) -> tup
         num_kv_heads * cdiv(group, tiles["HEADS"]),
         1,
     )
+
+
+@triton.jit
+def tile_of_program(SIZES: tl.constexpr, HEADS: tl.constexpr):
+    """A program's query tile, key/value head and, in a group wider than a tile, which of its parts.
+
+    Later queries see more keys (if no window cuts them) and have more blocks to select from: they go first, and the
+    short ones fill the end.
+    """
+    parts = tl.cdiv(SIZES.GROUP, HEADS)
+    return tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1) // parts, tl.program_id(1) % parts
 
 
 @triton.jit
@@ -100,6 +111,35 @@ def load_keys(here, stride, left, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BL
         return tl.load(pointers)
 
 
+class Keys(NamedTuple):
+    """The keys and values of a run and a head: where they start, and how far apart they lie."""
+
+    k: Any
+    k_stride: Any
+    v: Any
+    v_stride: Any
+
+
+@triton.jit
+def keys_and_values(k: Rows, v: Rows, b, first, hk):
+    """Those of ``keys_base``."""
+    return Keys(keys_base(k, b, first, hk), k.strides[1], keys_base(v, b, first, hk), v.strides[1])
+
+
+@triton.jit
+def load_k(keys: Keys, i, left, SIZES: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """``load_keys`` from key ``i`` of the run on."""
+    here = keys.k + rows_apart(i, keys.k_stride)
+    return load_keys(here, keys.k_stride, left, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK, MASKED)
+
+
+@triton.jit
+def load_v(keys: Keys, i, left, SIZES: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Likewise the values."""
+    here = keys.v + rows_apart(i, keys.v_stride)
+    return load_keys(here, keys.v_stride, left, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED)
+
+
 @triton.jit
 def exponent_shift(row_max, factor):
     """What is subtracted from scaled scores; never -inf, so that nothing is NaN by itself."""
@@ -128,6 +168,20 @@ def softmax_end(acc, row_max, row_sum, factor):
     lost = tl.fma(row_max, -factor, exponent_shift(row_max, factor))
     log_sum = tl.where(empty, float("-inf"), (tl.log2(tl.where(empty, 1.0, row_sum)) + lost) * LN2)
     return out, tl.where(empty, 0.0, row_max), log_sum
+
+
+@triton.jit
+def store_statistics(shift, log_sum, place: Place, row_shift, row_log_sum):
+    """Store the two softmax statistics of a tile's rows."""
+    tl.store(shift + place.n, row_shift, mask=place.exists)
+    tl.store(log_sum + place.n, row_log_sum, mask=place.exists)
+
+
+@triton.jit
+def output_of_tile(place: Place, seq_len, SIZES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Columns, mask and strides with which ``store_output`` stores a tile's rows of ``[B, T, HQ, WIDTH]``."""
+    cols, mask = columns(place.exists, WIDTH, BLOCK_W)
+    return cols, mask, dense_strides(seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, WIDTH)
 
 
 @triton.jit

@@ -276,18 +276,17 @@ def banded_bwd_dkv_kernel(
 
 
 def plan(
-    grad_out: Any, q: Any, k: Any, v: Any, weights: Any, cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None, seqused_k: Any = None, leftpad_k: Any = None, *, seq_len_k: Any, key_stride: int,
-    first_end: int, window: int, scale: float, splits: int,
+    grad_out: Any, q: Any, k: Any, v: Any, weights: Any, *seqs: Any, seq_len_k: Any, key_stride: int, first_end: int,
+    window: int, scale: float, splits: int,
 ) -> Plan:  # fmt: skip
     """Of ``splits`` > 1 the results are float32 and ``[splits * batch, key rows, num_kv_heads, width]``."""
-    found = inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, seq_len_k, scale)
+    found = inputs(q, k, v, seqs, seq_len_k, scale)
     dtype = k.dtype if splits == 1 else torch.float32
     return Plan(
         inputs={"grad_out": Strided(grad_out), **found, "weights": Dense(weights)},
         outputs={name: Output((splits * x.shape[0], *x.shape[1:]), dtype) for name, x in (("dk", k), ("dv", v))},
         sizes=BandedSizes.of_call(q, k, v, key_stride, first_end, window)._replace(SPLITS=splits),
-        extent=(*extent(q, k, cu_seqlens_q), splits),
+        extent=(*extent(q, k, found["seqs"]), splits),
     )
 
 

@@ -13,25 +13,33 @@ import triton.language as tl
 from ...tiling import Config, Device
 from ..kernel import Dense, Kernel, Output, Plan, Strided
 from ..opaque import at_run_time
-from ..query_tiles import keys_base, load_keys, load_rows, load_weights, place_of_tile, query_grid, what_was_lost
-from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, Statistics, all_finite, columns, dense_strides, dot, finite_part, rows_apart, store_output
-from .bands import Band, band_of_tile, in_band, keys_of_run, nan_of_keys
+from ..query_tiles import (
+    Keys,
+    load_k,
+    load_rows,
+    load_v,
+    load_weights,
+    output_of_tile,
+    query_grid,
+    tile_of_program,
+    what_was_lost,
+)
+from ..sequences import Rows, Sequences
+from ..tiles import LOG2E, Statistics, all_finite, dot, finite_part, store_output
+from .bands import Band, in_band, nan_of_keys, query_tile, whole_tiles
 from .sizes import ARGUMENTS, BandedSizes, extent, inputs, query_config
 
 
 @triton.jit
 def _dq_loop(
-    q, grad_out, k_base, k_stride, v_base, v_stride, start, end, band: Band, factor, minus, delta, dq,
-    SIZES: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+    q, grad_out, keys: Keys, start, end, band: Band, factor, minus, delta, dq, SIZES: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add what keys ``start`` to ``end`` give; not MASKED: whole tiles, all of whose keys every row sees."""
     for i in tl.range(start, end, BLOCK, num_stages=STAGES):
         here = at_run_time(i)
-        k_here = k_base + rows_apart(here, k_stride)
-        v_here = v_base + rows_apart(here, v_stride)
-        k = load_keys(k_here, k_stride, end - i, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK, MASKED)
-        v = load_keys(v_here, v_stride, end - i, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED)
+        k = load_k(keys, here, end - i, SIZES, BLOCK, MASKED)
+        v = load_v(keys, here, end - i, SIZES, BLOCK, MASKED)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK]
         dp = dot(grad_out, tl.trans(v))
         ds = tl.exp2(tl.fma(scores, factor, minus[:, None])) * (dp - delta[:, None])
@@ -51,53 +59,38 @@ def banded_bwd_dq_tile(
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of query tile ``w``, float32 ``[BLOCK_M, BLOCK_D]``, and where the rows lie."""
-    run, first = run_of_tile(seqs, w, TOKENS)
-    first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
-    place = place_of_tile(run, first, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, TOKENS, HEADS)
-    band = band_of_tile(run, first, count, place, SIZES, TOKENS)
-    k_base = keys_base(k, run.b, first_key, hk)
-    v_base = keys_base(v, run.b, first_key, hk)
-    ks = k.strides[1]
-    vs = v.strides[1]
+    place, keys, band = query_tile(k, v, seqs, num_key_rows, w, hk, head_tile, SIZES, BLOCK_M, TOKENS, HEADS)
     queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     grads = load_rows(grad_out, place, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
     factor = scale * LOG2E
     minus, row_delta, row_shift, row_log_sum = load_weights(rows, place, factor)
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
-    # A tile past the run's end has nothing to do; its bands are not to be trusted.
-    end = tl.where(first < run.num_rows, band.some_to, band.some_from)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    hot = band.some_from
-    cold = hot
+    start = band.some_from
+    end = band.some_to
     if BLOCK_E > 0:
+        hot, cold = whole_tiles(band, SIZES, BLOCK_N, BLOCK_E)
         if SIZES.WINDOW > 0:
-            hot += tl.cdiv(band.all_from - band.some_from, BLOCK_E) * BLOCK_E
             dq = _dq_loop(
-                queries, grads, k_base, ks, v_base, vs, band.some_from, tl.minimum(hot, end), band, factor,
-                minus, row_delta, dq, SIZES, BLOCK_E, True, False, EDGE_STAGES,
+                queries, grads, keys, start, tl.minimum(hot, end), band, factor, minus, row_delta, dq, SIZES, BLOCK_E,
+                True, False, EDGE_STAGES,
             )  # fmt: skip
-        cold = hot + tl.maximum(tl.minimum(band.all_to, end) - hot, 0) // BLOCK_N * BLOCK_N
         dq = _dq_loop(
-            queries, grads, k_base, ks, v_base, vs, hot, cold, band, factor, minus, row_delta, dq, SIZES,
-            BLOCK_N, False, False, None,
-        )  # fmt: skip
+            queries, grads, keys, hot, cold, band, factor, minus, row_delta, dq, SIZES, BLOCK_N, False, False, None
+        )
         dq = _dq_loop(
-            queries, grads, k_base, ks, v_base, vs, cold, end, band, factor, minus, row_delta, dq, SIZES,
-            BLOCK_E, True, False, EDGE_STAGES,
+            queries, grads, keys, cold, end, band, factor, minus, row_delta, dq, SIZES, BLOCK_E, True, False,
+            EDGE_STAGES,
         )  # fmt: skip
     else:
         dq = _dq_loop(
-            queries, grads, k_base, ks, v_base, vs, hot, end, band, factor, minus, row_delta, dq, SIZES,
-            BLOCK_N, True, False, None,
-        )  # fmt: skip
+            queries, grads, keys, start, end, band, factor, minus, row_delta, dq, SIZES, BLOCK_N, True, False, None
+        )
     if not all_finite(dq):
-        dq = nan_of_keys(k_base, ks, band.some_from, end, band, SIZES, SIZES.HEAD_DIM, BLOCK_D, BLOCK_M)
+        dq = nan_of_keys(keys.k, keys.k_stride, band, SIZES, SIZES.HEAD_DIM, BLOCK_D, BLOCK_M)
         queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         grads = load_rows(grad_out, place, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
-        dq = _dq_loop(
-            queries, grads, k_base, ks, v_base, vs, band.some_from, end, band, factor, minus, row_delta, dq,
-            SIZES, 16, True, True, 1,
-        )  # fmt: skip
+        dq = _dq_loop(queries, grads, keys, start, end, band, factor, minus, row_delta, dq, SIZES, 16, True, True, 1)
     return dq * (what_was_lost(minus, row_shift, row_log_sum, factor) * scale)[:, None], place
 
 
@@ -107,32 +100,28 @@ def banded_bwd_dq_kernel(
     SIZES: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
-    w = tl.num_programs(0) - 1 - tl.program_id(0)
-    parts = tl.cdiv(SIZES.GROUP, HEADS)
-    hk = tl.program_id(1) // parts
+    w, hk, head_tile = tile_of_program(SIZES, HEADS)
     value, place = banded_bwd_dq_tile(
-        grad_out, q, k, v, rows, seqs, num_key_rows, scale, w, hk, tl.program_id(1) % parts, SIZES,
-        BLOCK_M, TOKENS, HEADS, BLOCK_N, BLOCK_E, EDGE_STAGES,
+        grad_out, q, k, v, rows, seqs, num_key_rows, scale, w, hk, head_tile, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N,
+        BLOCK_E, EDGE_STAGES,
     )  # fmt: skip
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
-    cols, mask = columns(place.exists, SIZES.HEAD_DIM, BLOCK_D)
-    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM)
+    cols, mask, strides = output_of_tile(place, seqs.seq_len, SIZES, SIZES.HEAD_DIM, BLOCK_D)
     store_output(dq, (place.b, place.t[:, None], place.h[:, None], cols), strides, value, mask, (BLOCK_M, BLOCK_D))
 
 
 def plan(
-    grad_out: Any, q: Any, k: Any, v: Any, shift: Any, log_sum: Any, delta: Any, cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None, seqused_k: Any = None, leftpad_k: Any = None, *, seq_len_k: Any, key_stride: int,
-    first_end: int, window: int, scale: float,
+    grad_out: Any, q: Any, k: Any, v: Any, shift: Any, log_sum: Any, delta: Any, *seqs: Any, seq_len_k: Any,
+    key_stride: int, first_end: int, window: int, scale: float,
 ) -> Plan:  # fmt: skip
     """grad_out: (batch, seq_len, num_q_heads, head_dim_v). shift, log_sum, delta: (batch, seq_len, num_q_heads)."""
-    found = inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, seq_len_k, scale)
+    found = inputs(q, k, v, seqs, seq_len_k, scale)
     rows = Statistics(Dense(shift), Dense(log_sum), Dense(delta))
     return Plan(
         inputs={"grad_out": Strided(grad_out), **found, "rows": rows},
         outputs={"dq": Output(tuple(q.shape), q.dtype)},
         sizes=BandedSizes.of_call(q, k, v, key_stride, first_end, window),
-        extent=extent(q, k, cu_seqlens_q),
+        extent=extent(q, k, found["seqs"]),
     )
 
 

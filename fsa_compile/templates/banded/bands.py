@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..query_tiles import Place, load_keys
-from ..sequences import Run, Sequences, batched_run, find_run, packed_run, run_start
+from ..query_tiles import Place, keys_and_values, load_keys, place_of_tile
+from ..sequences import Rows, Run, Sequences, batched_run, find_run, packed_run, run_of_tile, run_start
 from ..tiles import add_met, rows_apart
 
 
@@ -49,7 +49,7 @@ def keys_up_to(pos, count, SIZES: tl.constexpr):
 
 @triton.jit
 def band_of_tile(run: Run, first, count, place: Place, SIZES: tl.constexpr, TOKENS: tl.constexpr):
-    """The keys that the TOKENS tokens from ``first`` of a run see."""
+    """The keys that the TOKENS tokens from ``first`` of a run see; none of a tile past the run's end."""
     low = run.offset + first
     high = run.offset + tl.minimum(first + TOKENS, run.num_rows) - 1
     some_from = first * 0
@@ -59,10 +59,31 @@ def band_of_tile(run: Run, first, count, place: Place, SIZES: tl.constexpr, TOKE
         some_from = keys_up_to(low - SIZES.WINDOW, count, SIZES)
         all_from = keys_up_to(high - SIZES.WINDOW, count, SIZES)
         row_from = keys_up_to(place.pos - SIZES.WINDOW, count, SIZES)
-    return Band(
-        some_from, all_from, keys_up_to(low, count, SIZES), keys_up_to(high, count, SIZES), row_from,
-        keys_up_to(place.pos, count, SIZES),
-    )  # fmt: skip
+    some_to = tl.where(first < run.num_rows, keys_up_to(high, count, SIZES), some_from)
+    row_to = keys_up_to(place.pos, count, SIZES)
+    return Band(some_from, all_from, keys_up_to(low, count, SIZES), some_to, row_from, row_to)
+
+
+@triton.jit
+def query_tile(
+    k: Rows, v: Rows, seqs: Sequences, num_key_rows, w, hk, head_tile, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Of query tile ``w``: where its rows lie, its run's keys and values, and which of them it sees."""
+    run, first = run_of_tile(seqs, w, TOKENS)
+    first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
+    place = place_of_tile(run, first, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, TOKENS, HEADS)
+    band = band_of_tile(run, first, count, place, SIZES, TOKENS)
+    return place, keys_and_values(k, v, run.b, first_key, hk), band
+
+
+@triton.jit
+def whole_tiles(band: Band, SIZES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """From where to where keys are whole tiles of BLOCK_N that every row sees; tiles of BLOCK_E lead up to them."""
+    start = band.some_from
+    if SIZES.WINDOW > 0:
+        start += tl.cdiv(band.all_from - band.some_from, BLOCK_E) * BLOCK_E
+    return start, start + tl.maximum(tl.minimum(band.all_to, band.some_to) - start, 0) // BLOCK_N * BLOCK_N
 
 
 @triton.jit
@@ -77,14 +98,13 @@ def in_band(start, band: Band, SIZES: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def nan_of_keys(
-    base, stride, start, end, band: Band, SIZES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    base, stride, band: Band, SIZES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """NaN where a row sees a key whose ``k`` or ``v`` is not finite in that column, else 0: a careful sum's start."""
     met = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    here = base + rows_apart(start, stride)
-    for i in tl.range(start, end, 16, num_stages=1):
-        x = load_keys(here, stride, end - i, WIDTH, BLOCK_W, 16, True)
+    here = base + rows_apart(band.some_from, stride)
+    for i in tl.range(band.some_from, band.some_to, 16, num_stages=1):
+        x = load_keys(here, stride, band.some_to - i, WIDTH, BLOCK_W, 16, True)
         met = add_met(met, in_band(i, band, SIZES, 16), x)
         here += rows_apart(16, stride)
     return tl.where(met > 0, float("nan"), 0.0)

@@ -22,26 +22,28 @@ from ..kernel import Kernel, Output, Plan
 from ..opaque import at_run_time
 from ..query_tiles import (
     LOWEST,
+    Keys,
     exponent_shift,
-    keys_base,
-    load_keys,
+    load_k,
     load_rows,
-    place_of_tile,
+    load_v,
+    output_of_tile,
     query_grid,
     softmax_end,
     softmax_step,
+    store_statistics,
+    tile_of_program,
 )
-from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, all_finite, columns, dense_strides, dot, finite_part, rows_apart, rows_finite, store_output
-from .bands import Band, band_of_tile, in_band, keys_of_run, nan_of_keys
+from ..sequences import Rows, Sequences
+from ..tiles import LOG2E, all_finite, dot, finite_part, rows_finite, store_output
+from .bands import Band, in_band, nan_of_keys, query_tile, whole_tiles
 from .sizes import ARGUMENTS, BandedSizes, extent, inputs, query_config
 
 
 @triton.jit
 def _fwd_loop(
-    q, k_base, k_stride, v_base, v_stride, start, end, band: Band, factor, acc, row_max, row_sum,
-    SIZES: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
-    FIXED: tl.constexpr, STAGES: tl.constexpr,
+    q, keys: Keys, start, end, band: Band, factor, acc, row_max, row_sum, SIZES: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, FIXED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend to keys ``start`` to ``end``; not MASKED: whole tiles, all of whose keys every row sees.
 
@@ -51,9 +53,7 @@ def _fwd_loop(
     lead = band.some_from + (TOKENS if SIZES.WINDOW > 0 else 1)
     for i in tl.range(start, end, BLOCK, num_stages=STAGES):
         here = at_run_time(i)
-        k = load_keys(
-            k_base + rows_apart(here, k_stride), k_stride, end - i, SIZES.HEAD_DIM, SIZES.BLOCK_D, BLOCK, MASKED
-        )
+        k = load_k(keys, here, end - i, SIZES, BLOCK, MASKED)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK]
         if MASKED:
             if CAREFUL | (i < band.all_from) | (i + BLOCK > band.all_to):
@@ -67,9 +67,7 @@ def _fwd_loop(
         else:
             p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, factor)
             acc = acc * decay[:, None]
-        v = load_keys(
-            v_base + rows_apart(here, v_stride), v_stride, end - i, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, BLOCK, MASKED
-        )
+        v = load_v(keys, here, end - i, SIZES, BLOCK, MASKED)
         if CAREFUL:
             v = finite_part(v)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
@@ -87,64 +85,53 @@ def banded_fwd_tile(
     Returns ``(out, shift, log_sum, place)``: float32 ``[BLOCK_M, BLOCK_DV]``, ``[BLOCK_M]``, ``[BLOCK_M]``, and where
     the rows lie.
     """
-    run, first = run_of_tile(seqs, w, TOKENS)
-    first_key, count = keys_of_run(run, seqs, num_key_rows, SIZES)
-    place = place_of_tile(run, first, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, TOKENS, HEADS)
-    band = band_of_tile(run, first, count, place, SIZES, TOKENS)
-    k_base = keys_base(k, run.b, first_key, hk)
-    v_base = keys_base(v, run.b, first_key, hk)
-    ks = k.strides[1]
-    vs = v.strides[1]
+    place, keys, band = query_tile(k, v, seqs, num_key_rows, w, hk, head_tile, SIZES, BLOCK_M, TOKENS, HEADS)
     queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     factor = scale * LOG2E
 
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
-    # A tile past the run's end has nothing to do; its bands are not to be trusted.
-    end = tl.where(first < run.num_rows, band.some_to, band.some_from)
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # float16 leaves room for 11 only.
     FIXED: tl.constexpr = q.ptr.dtype.element_ty != tl.float16
-    hot = band.some_from
-    cold = hot
+    start = band.some_from
+    end = band.some_to
     if BLOCK_E > 0:
+        hot, cold = whole_tiles(band, SIZES, BLOCK_N, BLOCK_E)
         if SIZES.WINDOW > 0:
-            hot += tl.cdiv(band.all_from - band.some_from, BLOCK_E) * BLOCK_E
             acc, row_max, row_sum = _fwd_loop(
-                queries, k_base, ks, v_base, vs, band.some_from, tl.minimum(hot, end), band, factor, acc, row_max,
-                row_sum, SIZES, TOKENS, BLOCK_E, True, False, FIXED, EDGE_STAGES,
+                queries, keys, start, tl.minimum(hot, end), band, factor, acc, row_max, row_sum, SIZES, TOKENS, BLOCK_E,
+                True, False, FIXED, EDGE_STAGES,
             )  # fmt: skip
-        cold = hot + tl.maximum(tl.minimum(band.all_to, end) - hot, 0) // BLOCK_N * BLOCK_N
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, ks, v_base, vs, hot, cold, band, factor, acc, row_max, row_sum, SIZES, TOKENS, BLOCK_N,
-            False, False, FIXED, None,
+            queries, keys, hot, cold, band, factor, acc, row_max, row_sum, SIZES, TOKENS, BLOCK_N, False, False, FIXED,
+            None,
         )  # fmt: skip
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, ks, v_base, vs, cold, end, band, factor, acc, row_max, row_sum, SIZES, TOKENS, BLOCK_E,
-            True, False, FIXED, EDGE_STAGES,
+            queries, keys, cold, end, band, factor, acc, row_max, row_sum, SIZES, TOKENS, BLOCK_E, True, False, FIXED,
+            EDGE_STAGES,
         )  # fmt: skip
     else:
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, ks, v_base, vs, hot, end, band, factor, acc, row_max, row_sum, SIZES, TOKENS, BLOCK_N,
-            True, False, FIXED, None,
+            queries, keys, start, end, band, factor, acc, row_max, row_sum, SIZES, TOKENS, BLOCK_N, True, False, FIXED,
+            None,
         )  # fmt: skip
     if not rows_finite(acc, row_sum):
         if FIXED:
             acc, row_max, row_sum = _fwd_loop(
-                queries, k_base, ks, v_base, vs, band.some_from, end, band, factor,
-                tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), tl.full([BLOCK_M], LOWEST, tl.float32),
-                tl.zeros([BLOCK_M], tl.float32), SIZES, TOKENS, BLOCK_N, True, False, False, EDGE_STAGES,
+                queries, keys, start, end, band, factor, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
+                tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32), SIZES, TOKENS, BLOCK_N, True,
+                False, False, EDGE_STAGES,
             )  # fmt: skip
         if not all_finite(acc):
             row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
             row_sum = tl.zeros([BLOCK_M], tl.float32)
-            acc = nan_of_keys(v_base, vs, band.some_from, end, band, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
+            acc = nan_of_keys(keys.v, keys.v_stride, band, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
             queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
             acc, row_max, row_sum = _fwd_loop(
-                queries, k_base, ks, v_base, vs, band.some_from, end, band, factor, acc, row_max, row_sum, SIZES,
-                TOKENS, 16, True, True, False, 1,
-            )  # fmt: skip
+                queries, keys, start, end, band, factor, acc, row_max, row_sum, SIZES, TOKENS, 16, True, True, False, 1
+            )
     out, row_shift, log_sum = softmax_end(acc, row_max, row_sum, factor)
     return out, row_shift, log_sum, place
 
@@ -155,38 +142,33 @@ def banded_fwd_kernel(
     BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
-    # Later queries see more keys (if no window cuts them): they go first, and the short ones fill the end.
-    w = tl.num_programs(0) - 1 - tl.program_id(0)
-    parts = tl.cdiv(SIZES.GROUP, HEADS)
-    hk = tl.program_id(1) // parts
+    w, hk, head_tile = tile_of_program(SIZES, HEADS)
     value, row_shift, row_log_sum, place = banded_fwd_tile(
-        q, k, v, seqs, num_key_rows, scale, w, hk, tl.program_id(1) % parts, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N,
-        BLOCK_E, EDGE_STAGES,
+        q, k, v, seqs, num_key_rows, scale, w, hk, head_tile, SIZES, BLOCK_M, TOKENS, HEADS, BLOCK_N, BLOCK_E,
+        EDGE_STAGES,
     )  # fmt: skip
-    tl.store(shift + place.n, row_shift, mask=place.exists)
-    tl.store(log_sum + place.n, row_log_sum, mask=place.exists)
+    store_statistics(shift, log_sum, place, row_shift, row_log_sum)
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
-    cols, mask = columns(place.exists, SIZES.HEAD_DIM_V, BLOCK_DV)
-    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
+    cols, mask, strides = output_of_tile(place, seqs.seq_len, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV)
     store_output(out, (place.b, place.t[:, None], place.h[:, None], cols), strides, value, mask, (BLOCK_M, BLOCK_DV))
 
 
 def plan(
-    q: Any, k: Any, v: Any, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, seqused_k: Any = None,
-    leftpad_k: Any = None, *, seq_len_k: Any, key_stride: int, first_end: int, window: int, scale: float,
-) -> Plan:  # fmt: skip
+    q: Any, k: Any, v: Any, *seqs: Any, seq_len_k: Any, key_stride: int, first_end: int, window: int, scale: float
+) -> Plan:
     """q: (batch, seq_len, num_q_heads, head_dim). k, v: (batch, key rows, num_kv_heads, head_dim and head_dim_v)."""
     batch, seq_len, num_q_heads, _ = q.shape
+    found = inputs(q, k, v, seqs, seq_len_k, scale)
     statistics = Output((batch, seq_len, num_q_heads), torch.float32)
     return Plan(
-        inputs=inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, seq_len_k, scale),
+        inputs=found,
         outputs={
             "out": Output((batch, seq_len, num_q_heads, v.shape[3]), q.dtype),
             "shift": statistics,
             "log_sum": statistics,
         },
         sizes=BandedSizes.of_call(q, k, v, key_stride, first_end, window),
-        extent=extent(q, k, cu_seqlens_q),
+        extent=extent(q, k, found["seqs"]),
     )
 
 

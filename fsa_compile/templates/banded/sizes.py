@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ...tiling import Config, padded
 from ..kernel import SEQUENCES, Strided, sequences
 from ..query_tiles import query_tiles
+from ..sequences import Sequences
 
 ARGUMENTS = f"{SEQUENCES}, *, SymInt seq_len_k, int key_stride, int first_end, int window, float scale"
 
@@ -59,18 +60,13 @@ def query_config(
     return Config(tiles, warps, stages, max_registers)
 
 
-def inputs(
-    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_k: Any, leftpad_k: Any, seq_len_k: Any,
-    scale: float,
-) -> dict[str, Any]:  # fmt: skip
-    """What every kernel of the family reads."""
-    seqs = sequences(q, seq_len_k, (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k))
-    return {"q": Strided(q), "k": Strided(k), "v": Strided(v), "seqs": seqs, "num_key_rows": k.shape[1], "scale": scale}
+def inputs(q: Any, k: Any, v: Any, seqs: tuple[Any, ...], seq_len_k: Any, scale: float) -> dict[str, Any]:
+    """What every kernel of the family reads; ``seqs`` are the four tensors of ``SEQUENCES`` or Nones."""
+    runs = sequences(q, seq_len_k, seqs)
+    return {"q": Strided(q), "k": Strided(k), "v": Strided(v), "seqs": runs, "num_key_rows": k.shape[1], "scale": scale}
 
 
-def extent(q: Any, k: Any, cu_seqlens_q: Any) -> tuple[Any, ...]:
+def extent(q: Any, k: Any, seqs: Sequences) -> tuple[Any, ...]:
     """batch, seq_len, rows of k, num_seqs, packed, num_kv_heads, group: what grids depend on."""
-    packed = cu_seqlens_q is not None
-    num_seqs = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
-    num_kv_heads = k.shape[2]
-    return q.shape[0], q.shape[1], k.shape[1], num_seqs, packed, num_kv_heads, q.shape[2] // num_kv_heads
+    packed, num_kv_heads = seqs.cu_seqlens_q is not None, k.shape[2]
+    return q.shape[0], q.shape[1], k.shape[1], seqs.num_seqs, packed, num_kv_heads, q.shape[2] // num_kv_heads
