@@ -45,13 +45,15 @@ def list_keys_kernel(
         first = run_start(seqs.cu_seqlens_k, seqs.num_seqs, seqs.seq_len_k, r) // SIZES.BLOCK_SIZE + r
     else:
         first = run.b * tl.cdiv(seqs.seq_len_k, SIZES.BLOCK_SIZE)
+    # In a tuple only a name is a constant.
     ENTRIES: tl.constexpr = SIZES.NUM_KV_HEADS * SIZES.NUM_SELECTED
-    i = tl.arange(0, SIZES.WIDTH)[None, :]
+    WIDTH: tl.constexpr = SIZES.WIDTH
+    i = tl.arange(0, WIDTH)[None, :]
     mask = exists[:, None] & (i < ENTRIES)
     ids = tl.load(block_indices + (n.to(tl.int64)[:, None] * ENTRIES + i), mask=mask, other=-1)
     key = i // SIZES.NUM_SELECTED * num_blocks + first[:, None] + ids
     key = tl.where(is_visible(ids, pos[:, None], SIZES.BLOCK_SIZE), key, SIZES.NUM_KV_HEADS * num_blocks)
-    store_output(keys, (n[:, None], i), (ENTRIES,), key, mask, (BLOCK_R, SIZES.WIDTH))
+    store_output(keys, (n[:, None], i), (ENTRIES,), key, mask, (BLOCK_R, WIDTH))
 
 
 @triton.jit
