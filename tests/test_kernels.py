@@ -255,7 +255,7 @@ def test_lists_hold_every_visible_entry_once_in_order(spec: Spec) -> None:
                     x.block_indices.view(-1, spec.num_kv_heads, spec.num_selected)[row, hk].tolist()
                 ):
                     if 0 <= block <= (t + spec.extra_keys) // spec.block_size:
-                        entry = row * spec.num_selected + slot
+                        entry = (row * spec.num_kv_heads + hk) * spec.num_selected + slot
                         want.setdefault(hk * num_blocks + base + block, []).append(entry)
             row += 1
         first_key += length_k

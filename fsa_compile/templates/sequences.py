@@ -54,12 +54,6 @@ class Run(NamedTuple):
 
 
 @triton.jit
-def all_rows(seqs: Sequences):
-    """Query rows of the call."""
-    return seqs.seq_len if seqs.cu_seqlens_q is not None else seqs.seq_len * seqs.num_seqs
-
-
-@triton.jit
 def run_start(cu_seqlens, num_seqs, total, r):
     """Where packed run ``r`` starts: run 0 is what lies before the first sequence, ``num_seqs + 1`` after the last."""
     i = tl.minimum(tl.maximum(r - 1, 0), num_seqs)

@@ -51,9 +51,7 @@ def block_lists(
     runs = (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k)
     keys = _ops._list_keys(block_indices, *runs, seq_len_k=seq_len_k, block_size=block_size)
     keys, places = torch.sort(keys.view(-1), stable=True)
-    _, _, num_kv_heads, num_selected = block_indices.shape
-    sizes = {"num_lists": num_lists, "num_kv_heads": num_kv_heads, "num_selected": num_selected}
-    list_offsets, tiles, entries = _ops._list_offsets(keys, places, **sizes)
+    list_offsets, tiles, entries = _ops._list_offsets(keys, places, num_lists=num_lists)
     tile_offsets = tiles.cumsum(0, dtype=torch.int32)
     return entries, _ops._list_tiles(tile_offsets, num_tiles=most), tile_offsets, list_offsets
 

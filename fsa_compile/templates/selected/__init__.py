@@ -2,13 +2,12 @@
 
 Names and shapes, besides those of the semantic operators:
 
-- an *entry* is one (batch, row, key/value head, slot) of block_indices, numbered within its head:
-  ``(b T + t) S + slot``;
+- an *entry* is one (batch, row, key/value head, slot) of block_indices, numbered in row-major order;
 - a *list* is the entries that chose one block, numbered ``hk * num_blocks + block``, blocks counted over all runs as
   ``sequences.run_of_block`` does;
 - a *tile* is up to ``ENTRIES_PER_TILE`` consecutive entries of a list;
-- *partials* are ``[HK, B, T, S, C, G, D]``: C chunks of a block (1 up to 128 keys), G heads of the group; the forward's
-  come with their softmax statistics ``[HK, B, T, S, C, G, 2]`` (largest score, unscaled, and sum). Slots whose block is
+- *partials* are ``[B, T, HK, S, C, G, D]``: C chunks of a block (1 up to 128 keys), G heads of the group; the forward's
+  come with their softmax statistics ``[B, T, HK, S, C, G, 2]`` (largest score, unscaled, and sum). Slots whose block is
   not visible are never written and never read.
 """
 

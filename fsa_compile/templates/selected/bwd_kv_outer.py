@@ -24,8 +24,8 @@ from .sizes import LISTS, Lists, Part, SelectedSizes, attention_inputs, list_inp
 
 @triton.jit
 def _rows_loop(
-    grad_out: Rows, q: Rows, k, v, weights, lists: Lists, dq_partial, first, last, start, end, chunk, hk, keys,
-    run: Run, seqs: Sequences, scale, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
+    grad_out: Rows, q: Rows, k, v, weights, lists: Lists, part: Part, dq_partial, first, last, start, end, chunk, hk,
+    keys, run: Run, seqs: Sequences, scale, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """Add what the rows of tiles ``start`` to ``end`` of a list give; HIDDEN: some may not see all keys.
@@ -35,7 +35,7 @@ def _rows_loop(
     COMPENSATED: tl.constexpr = SIZES.ITEMSIZE == 4
     for m in range(start, end):
         entry = load_entries(lists.entries, first, last, m, SIZES, BLOCK_M)
-        valid, n, t, pos, g, partial = list_rows(entry, first, last, m, chunk, hk, run, seqs, SIZES, BLOCK_M)
+        valid, n, t, pos, g, partial = list_rows(entry, first, last, m, chunk, part, run, seqs, SIZES, BLOCK_M)
         q_rows = load_rows(q, run.b, hk, t, g, None, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         grad_rows = load_rows(grad_out, run.b, hk, t, g, None, SIZES.GROUP, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
         row = ((n * SIZES.NUM_KV_HEADS + hk) * SIZES.GROUP + g).to(tl.uint32)
@@ -85,11 +85,11 @@ def selected_bwd_kv_outer_kernel(
     dk_lost = tl.zeros([CHUNK_N, BLOCK_D], tl.float32)
     dv_lost = tl.zeros([CHUNK_N, BLOCK_DV], tl.float32)
     dk, dk_lost, dv, dv_lost = _rows_loop(
-        grad_out, q, k_chunk, v_chunk, weights, lists, dq_partial, first, last, 0, hidden, chunk, hk, keys, run, seqs,
-        scale, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, True,
+        grad_out, q, k_chunk, v_chunk, weights, lists, part, dq_partial, first, last, 0, hidden, chunk, hk, keys, run,
+        seqs, scale, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, True,
     )  # fmt: skip
     dk, dk_lost, dv, dv_lost = _rows_loop(
-        grad_out, q, k_chunk, v_chunk, weights, lists, dq_partial, first, last, hidden,
+        grad_out, q, k_chunk, v_chunk, weights, lists, part, dq_partial, first, last, hidden,
         tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M), chunk, hk, keys, run, seqs, scale, dk, dk_lost, dv, dv_lost,
         SIZES, BLOCK_M, False,
     )  # fmt: skip
@@ -106,7 +106,7 @@ def plan(
     grad_out: Any, q: Any, k: Any, v: Any, block_indices: Any, weights: Any,
     *lists_and_seqs: Any, block_size: int, scale: float, with_dq: bool, first_head: int = 0,
 ) -> Plan:  # fmt: skip
-    """Float32 tiles ``[W, C, CHUNK_N, D or DV]`` of dk and dv; if wanted, dq's partials ``[HK, B, T, S, C, G, D]``.
+    """Float32 tiles ``[W, C, CHUNK_N, D or DV]`` of dk and dv; if wanted, dq's partials ``[B, T, HK, S, C, G, D]``.
 
     block_indices and the lists may be of more heads than ``k``, as in ``fwd_kv_outer``.
     """

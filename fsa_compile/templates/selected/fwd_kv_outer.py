@@ -84,7 +84,7 @@ def selected_fwd_kv_outer_kernel(
     for step in tl.static_range(2):  # rows that may not see all keys, and those that do
         for m in range(start, end):
             entry = load_entries(lists.entries, first, last, m, SIZES, BLOCK_M)
-            valid, _, t, pos, g, partial = list_rows(entry, first, last, m, chunk, hk, run, seqs, SIZES, BLOCK_M)
+            valid, _, t, pos, g, partial = list_rows(entry, first, last, m, chunk, part, run, seqs, SIZES, BLOCK_M)
             rows = load_rows(q, run.b, hk, t, g, None, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
             out, row_max, row_sum = attend_chunk(
                 rows, k_chunk, v_chunk, keys, pos, spoiled_from, scale * LOG2E, step == 0
@@ -99,7 +99,7 @@ def selected_fwd_kv_outer_kernel(
 def plan(
     q: Any, k: Any, v: Any, block_indices: Any, *lists_and_seqs: Any, block_size: int, scale: float, first_head: int = 0
 ) -> Plan:
-    """Partials ``[HK, B, T, S, C, G, DV]`` and their statistics ``[..., 2]``, where a slot's block is visible.
+    """Partials ``[B, T, HK, S, C, G, DV]`` and their statistics ``[..., 2]``, where a slot's block is visible.
 
     block_indices and the lists may be of more heads than ``k``, whose first is then their ``first_head``.
     """

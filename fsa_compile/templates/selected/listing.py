@@ -30,12 +30,6 @@ class OffsetSizes(NamedTuple):
     """Static sizes."""
 
     ENTRIES_PER_TILE: int
-    NUM_KV_HEADS: int
-    NUM_SELECTED: int
-
-
-class TileSizes(NamedTuple):
-    """Nothing is static."""
 
 
 @triton.jit
@@ -90,9 +84,7 @@ def list_offsets_kernel(
         tl.store(tiles + i, tl.where(i > 0, tl.cdiv(here - before, SIZES.ENTRIES_PER_TILE), 0), mask=i <= num_lists)
     e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask = e < num_entries
-    place = tl.load(places + e, mask=mask, other=0).to(tl.int32)
-    n = place // (SIZES.NUM_KV_HEADS * SIZES.NUM_SELECTED)
-    tl.store(entries + e, n * SIZES.NUM_SELECTED + place % SIZES.NUM_SELECTED, mask=mask)
+    tl.store(entries + e, tl.load(places + e, mask=mask).to(tl.int32), mask=mask)
 
 
 @triton.jit
@@ -129,7 +121,7 @@ def keys_plan(block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int) -
     )
 
 
-def offsets_plan(keys: Any, places: Any, *, num_lists: Any, num_kv_heads: int, num_selected: int) -> Plan:
+def offsets_plan(keys: Any, places: Any, *, num_lists: Any) -> Plan:
     """``Lists.list_offsets``; tiles ``[num_lists + 1]``, of each list but for the first number, 0; and ``entries``.
 
     keys, places: of the sort, ``[num_entries]``.
@@ -139,7 +131,7 @@ def offsets_plan(keys: Any, places: Any, *, num_lists: Any, num_kv_heads: int, n
     return Plan(
         {"keys": Dense(keys), "places": Dense(places), "num_entries": count, "num_lists": num_lists},
         {"list_offsets": lists, "tiles": lists, "entries": Output((count,), torch.int32)},
-        OffsetSizes(ENTRIES_PER_TILE, num_kv_heads, num_selected),
+        OffsetSizes(ENTRIES_PER_TILE),
         (count, num_lists + 1),
     )
 
@@ -150,7 +142,7 @@ def tiles_plan(tile_offsets: Any, *, num_tiles: Any) -> Plan:
     return Plan(
         {"tile_offsets": Dense(tile_offsets), "num_tiles": num_tiles, "num_lists": num_lists},
         {"tile_list": Output((num_tiles,), torch.int32)},
-        TileSizes(),
+        OffsetSizes(ENTRIES_PER_TILE),
         (num_tiles,),
     )
 
@@ -163,7 +155,7 @@ def _offsets_config(sizes: OffsetSizes, device: Device) -> Config:
     return Config({"BLOCK_E": 1024, "BLOCK_L": 128}, 4, 1)
 
 
-def _tiles_config(sizes: TileSizes, device: Device) -> Config:
+def _tiles_config(sizes: OffsetSizes, device: Device) -> Config:
     return Config({"BLOCK_L": 128}, 4, 1)
 
 
@@ -176,7 +168,7 @@ LIST_KEYS = Kernel(
 )  # fmt: skip
 LIST_OFFSETS = Kernel(
     list_offsets_kernel,
-    "_list_offsets(Tensor keys, Tensor places, *, SymInt num_lists, int num_kv_heads, int num_selected) "
+    "_list_offsets(Tensor keys, Tensor places, *, SymInt num_lists) "
     "-> (Tensor list_offsets, Tensor tiles, Tensor entries)",
     offsets_plan,
     lambda extent, tiles, cdiv: (max(cdiv(extent[0], tiles["BLOCK_E"]), cdiv(extent[1], tiles["BLOCK_L"])), 1, 1),

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..sequences import Rows, Run, Sequences, all_rows, run_of_row
+from ..sequences import Rows, Run, Sequences, run_of_row
 from ..tiles import load_tile, load_whole_tile
 from .sizes import Lists, Part
 
@@ -13,15 +13,15 @@ MAX_UNROLLED = tl.constexpr(64)
 
 @triton.jit
 def list_tile(w, block_indices, lists: Lists, part: Part, seqs: Sequences, SIZES: tl.constexpr):
-    """Which entries the ``w``-th tile of a part holds and which block they chose; the list and the first entry tell.
+    """Which entries the ``w``-th tile of a part holds and which block they chose; the first tells everything else.
 
     Returns ``(first, last, block, hk, run)``. ``first == last`` for the unused tiles at the end, whose other values
     are harmless to compute with.
     """
     used = w >= 0
-    if part.first_head is not None:
-        w += tl.load(lists.tile_offsets + part.first_head * part.num_blocks)
-        used = w < tl.load(lists.tile_offsets + (part.first_head + SIZES.NUM_KV_HEADS) * part.num_blocks)
+    if part is not None:
+        w += tl.load(lists.tile_offsets + part.first_list)
+        used = w < tl.load(lists.tile_offsets + part.end_list)
     block_list = tl.load(lists.tile_list + w, mask=used, other=-1)
     used = block_list >= 0
     block_list = tl.where(used, block_list, 0)
@@ -32,12 +32,11 @@ def list_tile(w, block_indices, lists: Lists, part: Part, seqs: Sequences, SIZES
     first = tl.where(used, first, 0)
     last = tl.where(used, last, 0)
     entry = tl.load(lists.entries + first, mask=used, other=0)
-    hk = block_list // part.num_blocks
-    n = entry // SIZES.NUM_SELECTED
-    place = (n.to(tl.int64) * SIZES.LISTED_HEADS + hk) * SIZES.NUM_SELECTED + entry % SIZES.NUM_SELECTED
-    block = tl.load(block_indices + place, mask=used, other=0)
-    if part.first_head is not None:
+    block = tl.load(block_indices + entry, mask=used, other=0)
+    hk = ((entry // SIZES.NUM_SELECTED) % SIZES.LISTED_HEADS).to(tl.int32)
+    if part is not None:
         hk = tl.where(used, hk - part.first_head, 0)
+    n = (entry // (SIZES.NUM_SELECTED * SIZES.LISTED_HEADS)).to(tl.int32)
     run, _ = run_of_row(seqs, n)
     return first, last, block, hk, run
 
@@ -65,7 +64,7 @@ def load_entries(entries, first, last, m, SIZES: tl.constexpr, BLOCK_M: tl.const
 
 @triton.jit
 def list_rows(
-    entry, first, last, m, chunk, hk, run: Run, seqs: Sequences, SIZES: tl.constexpr, BLOCK_M: tl.constexpr
+    entry, first, last, m, chunk, part: Part, run: Run, seqs: Sequences, SIZES: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
     """The rows of ``rows_of_tile`` that entries ``entry`` are.
 
@@ -74,11 +73,13 @@ def list_rows(
     """
     place, g = rows_of_tile(first, m, SIZES, BLOCK_M)
     entry = entry.to(tl.uint32)
-    n = (entry // SIZES.NUM_SELECTED).to(tl.int32)
+    n = (entry // (SIZES.NUM_SELECTED * SIZES.LISTED_HEADS)).to(tl.int32)
+    if part is not None:
+        OTHERS: tl.constexpr = SIZES.LISTED_HEADS - SIZES.NUM_KV_HEADS
+        entry -= ((n * OTHERS + part.first_head) * SIZES.NUM_SELECTED).to(tl.uint32)
     t = n
     if seqs.cu_seqlens_q is None:
         t -= run.b * seqs.seq_len
-    entry += (hk * all_rows(seqs) * SIZES.NUM_SELECTED).to(tl.uint32)
     partial = (entry * SIZES.NUM_CHUNKS + chunk.to(tl.uint32)) * SIZES.GROUP + g.to(tl.uint32)
     return place < last, n, t, run.offset + t - run.first_row, g, partial
 
@@ -94,7 +95,7 @@ def tiles_that_hide(
     ENTRIES: tl.constexpr = SIZES.ENTRIES_PER_TILE
     place = first + tl.arange(0, ENTRIES)
     entry = tl.load(entries + place, mask=place < last, other=2147483647)
-    n = entry // SIZES.NUM_SELECTED
+    n = entry // (SIZES.NUM_SELECTED * SIZES.LISTED_HEADS)
     if seqs.cu_seqlens_q is None:
         n -= run.b * seqs.seq_len
     sees = block * SIZES.BLOCK_SIZE + (chunk + 1) * SIZES.CHUNK_N - 1 - run.offset + run.first_row
@@ -140,9 +141,10 @@ def partial_slots(rows, num_rows, first_head, seqs: Sequences, SIZES: tl.constex
     h = rows - n * (SIZES.NUM_KV_HEADS * SIZES.GROUP)
     run, t = run_of_row(seqs, n)
     pos = tl.where(run.num_keys > 0, run.offset + t - run.first_row, -1)
-    hk = h // SIZES.GROUP
-    zero = tl.zeros([], tl.int64)
-    slots = ((zero + hk) * all_rows(seqs) + n) * SIZES.NUM_SELECTED
-    listed = hk if first_head is None else hk + first_head
-    ids = ((zero + n) * SIZES.LISTED_HEADS + listed) * SIZES.NUM_SELECTED
+    head = (rows // SIZES.GROUP).to(tl.int64)
+    slots = head * SIZES.NUM_SELECTED
+    ids = slots
+    if first_head is not None:
+        OTHERS: tl.constexpr = SIZES.LISTED_HEADS - SIZES.NUM_KV_HEADS
+        ids = (head + (n.to(tl.int64) * OTHERS + first_head)) * SIZES.NUM_SELECTED
     return exists, pos, ids, slots, h % SIZES.GROUP, run.b, t, h

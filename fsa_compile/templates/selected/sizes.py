@@ -14,7 +14,7 @@ LISTS = "Tensor entries, Tensor tile_list, Tensor tile_offsets, Tensor list_offs
 class Lists(NamedTuple):
     """Per-block lists of the entries that chose a block, and their cutting into tiles.
 
-    entries: (num_entries,), int32, grouped by list, in row order within a list; numbered within their head.
+    entries: (num_entries,), int32, grouped by list, in row order within a list.
     tile_list: (num_tiles,), int32, the list a tile belongs to, -1 for the unused tiles at the end.
     tile_offsets: (num_lists + 1,), int32, the first tile of each list.
     list_offsets: (num_lists + 1,), int32, the first entry of each list.
@@ -27,10 +27,11 @@ class Lists(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Which key/value heads of those listed a launch is of. num_blocks: lists of a head. first_head: None for all."""
+    """Which key/value heads of those listed a launch is of: the first, its first list, and the list after the last."""
 
-    num_blocks: Any
     first_head: Any
+    first_list: Any
+    end_list: Any
 
 
 class SelectedSizes(NamedTuple):
@@ -80,15 +81,15 @@ class SelectedSizes(NamedTuple):
 
     @classmethod
     def of_partials(cls, partial: Any, block_indices: Any, block_size: int) -> SelectedSizes:
-        """Read them off partials ``[HK, B, T, S, C, G, D]`` and block_indices; both head dims are D."""
-        num_kv_heads, _, _, num_selected, num_chunks, group, dim = partial.shape
+        """Read them off partials ``[B, T, HK, S, C, G, D]`` and block_indices; both head dims are D."""
+        _, _, num_kv_heads, num_selected, num_chunks, group, dim = partial.shape
         listed = block_indices.shape[2]
         sizes = cls.of(num_kv_heads, listed, group, dim, dim, num_selected, block_size, partial.dtype.itemsize)
         return sizes._replace(NUM_CHUNKS=int(num_chunks), CHUNK_N=block_size // int(num_chunks))
 
     def partials(self, batch: Any, seq_len: Any) -> tuple[Any, ...]:
-        """Shape of the partials of a call, but for their last axis: ``(HK, B, T, S, C, G)``."""
-        return self.NUM_KV_HEADS, batch, seq_len, self.NUM_SELECTED, self.NUM_CHUNKS, self.GROUP
+        """Shape of the partials of a call, but for their last axis: ``(B, T, HK, S, C, G)``."""
+        return batch, seq_len, self.NUM_KV_HEADS, self.NUM_SELECTED, self.NUM_CHUNKS, self.GROUP
 
     def first_head(self, given: int) -> int | None:
         """``given``, where the heads are a part of those listed."""
@@ -141,13 +142,13 @@ def list_inputs(
     lists: tuple[Any, ...], block_indices: Any, num_kv_heads: int, first_head: int
 ) -> tuple[dict[str, Any], Any]:
     """The per-block lists, and which of them a launch is of, as arguments; and how many tiles these have at most."""
-    listed_heads = int(block_indices.shape[2])
-    num_blocks = (lists[3].shape[0] - 1) // listed_heads
-    part, num_tiles = Part(num_blocks, None), lists[1].shape[0]
+    listed_heads, num_lists = int(block_indices.shape[2]), lists[3].shape[0] - 1
+    part, num_tiles = None, lists[1].shape[0]
     if num_kv_heads != listed_heads:
-        part = Part(num_blocks, first_head)
+        per_head = num_lists // listed_heads
+        part = Part(first_head, first_head * per_head, (first_head + num_kv_heads) * per_head)
         entries = block_indices.numel() // listed_heads * num_kv_heads
-        num_tiles = entries // ENTRIES_PER_TILE + num_blocks * num_kv_heads
+        num_tiles = entries // ENTRIES_PER_TILE + per_head * num_kv_heads
     return {"lists": Lists(*map(Dense, lists)), "part": part}, num_tiles
 
 

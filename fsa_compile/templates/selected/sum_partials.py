@@ -56,7 +56,7 @@ def sum_partials_kernel(
 
 
 def plan(partial: Any, block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int, first_head: int = 0) -> Plan:
-    """out ``[B, T, HQ, D]`` from partials ``[HK, B, T, S, C, G, D]``.
+    """out ``[B, T, HQ, D]`` from partials ``[B, T, HK, S, C, G, D]``.
 
     block_indices may be of more heads, as in ``fwd_kv_outer``.
     """
