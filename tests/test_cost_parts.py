@@ -34,7 +34,7 @@ def test_cutting_a_call_costs_ends_and_copies(options: dict[str, bool]) -> None:
     for group, seq_len in ((8, 32768), (4, 65536), (16, 65536)):
         whole, cut = costs(at(gqa_group_size=group, seq_len=seq_len))
         assert 1.02 < cut / whole < 1.2, (group, seq_len)
-    # Parts of a batch row have one set of lists: launches are of the parts.
+    # Forward, a batch row has one set of lists, backward each KV head that is a part by itself.
     more, fewer = (parts(at(gqa_group_size=group, seq_len=131072)) for group in (32, 16))
     if direction == "forward":
         copied = 2 * 131072 * 4 * 16 * 128 * 2 / H200.dram_bandwidth

@@ -79,17 +79,17 @@ def _cut(width: Expr) -> tuple[Expr, Expr]:
 _of_d, _of_dv = _cut(D), _cut(DV)
 
 
-def _cutting(cut: tuple[Expr, Expr], width: Expr, launches: int, tiles: Expr | int = 0) -> Pass:
-    """What else it costs: launches, of a part's kernels and of the lists of batch rows beside the first, and bytes.
+def _cutting(cut: tuple[Expr, Expr], width: Expr, launches: int, lists: Expr, tiles: Expr | int = 0) -> Pass:
+    """What else it costs: launches, of a part's kernels and of ``lists`` beside the first, and bytes.
 
     Each part of a group leaves its own ``tiles`` (bytes), which are added up.
     """
     parts, pairs = cut
     return Pass(
         "parts",
-        "if partials exceed the workspace: lists for parts of a batch, and the results of parts copied together",
+        "if partials exceed the workspace: lists for parts, and the results of parts copied together",
         dram_bytes=Min(1, parts - 1) * 2 * tensor_bytes(_q_rows, width) + (parts / pairs - 1) * 4 * tiles,
-        launches=(Min(parts, B) - 1) * _LISTS.launches + (parts - 1) * launches,
+        launches=(lists - 1) * _LISTS.launches + (parts - 1) * launches,
     )
 
 
@@ -193,13 +193,12 @@ _KV_OUTER_BACKWARD = (
         dram_bytes=tensor_bytes(P, D) + tensor_bytes(_q_rows, D),
     ),
     _TILE_SUM,
-    _cutting(_of_d, D, launches=4, tiles=_dkv_tiles),
+    _cutting(_of_d, D, launches=4, lists=_of_d[1], tiles=_dkv_tiles),
 )
-_listed = 4 * E / Min(_of_dv[0], B)
-_kv_outer_forward_scratch = Max(_SORTED / Min(_of_dv[0], B), _listed + (tensor_bytes(P, DV) + 8 * P) / _of_dv[0])
-_kv_outer_backward_scratch = Max(
-    _SORTED / Min(_of_d[0], B), _listed + _dkv_tiles / _of_d[1] + tensor_bytes(P, D) / _of_d[0]
+_kv_outer_forward_scratch = Max(
+    _SORTED / Min(_of_dv[0], B), 4 * E / Min(_of_dv[0], B) + (tensor_bytes(P, DV) + 8 * P) / _of_dv[0]
 )
+_kv_outer_backward_scratch = Max(_SORTED / _of_d[1], (4 * E + _dkv_tiles) / _of_d[1] + tensor_bytes(P, D) / _of_d[0])
 
 # Blocks that all of a tile's tokens share are agreed on, and hardly any of those that they draw by themselves.
 _agreed = a * S
@@ -235,7 +234,7 @@ ORDERS: dict[str, Order] = {
         backward_scratch=_SORTED + _dkv_tiles,
     ),
     "fsa": Order(
-        forward=(_LISTS, *_partials(), _cutting(_of_dv, DV, launches=2)),
+        forward=(_LISTS, *_partials(), _cutting(_of_dv, DV, launches=2, lists=Min(_of_dv[0], B))),
         backward=_KV_OUTER_BACKWARD,
         forward_scratch=_kv_outer_forward_scratch,
         backward_scratch=_kv_outer_backward_scratch,
@@ -262,7 +261,7 @@ ORDERS: dict[str, Order] = {
             replace(_walk("agreed blocks", _agreed), kernel="query-tile"),
             replace(_LISTS, name="lists of the rest"),
             *_partials(1 - a, 1),
-            _cutting(_of_dv, DV, launches=2),
+            _cutting(_of_dv, DV, launches=2, lists=Min(_of_dv[0], B)),
         ),
         backward=_KV_OUTER_BACKWARD,
         forward_scratch=_kv_outer_forward_scratch + 12 * _tiles * S * 4 + 4 * E + tensor_bytes(_q_rows, DV),

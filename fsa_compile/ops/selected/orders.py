@@ -102,10 +102,10 @@ def _tile_dq(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any]) -> Te
 
 
 def _key_value_gradients(
-    tiles: list[Tensor], tile_offsets: Tensor, k: Tensor, v: Tensor, runs: Runs, block_size: int, first_head: int = 0
+    tiles: list[Tensor], tile_offsets: Tensor, k: Tensor, v: Tensor, runs: Runs, block_size: int
 ) -> tuple[Tensor, ...]:
     return tuple(
-        _ops._reduce_tiles(part, tile_offsets, x, *runs, block_size=block_size, first_head=first_head)
+        _ops._reduce_tiles(part, tile_offsets, x, *runs, block_size=block_size)
         for part, x in zip(tiles, (k, v), strict=True)
     )
 
@@ -130,11 +130,14 @@ def _kv_outer_backward(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, A
     blocks_of = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
     group = q.shape[2] // k.shape[2]
 
-    def part(
-        heads: list[Chunk], where: Runs, blocks: Tensor, lists: tuple[Tensor, ...]
-    ) -> tuple[list[tuple[Tensor]], tuple[Tensor, ...]]:
-        """dq of each of the parts of a group, and dk and dv, which are sums over all of it."""
-        first_head = heads[0].kv_heads.start
+    def part(heads: list[Chunk]) -> tuple[list[tuple[Tensor]], tuple[Tensor, ...]]:
+        """dq of each of the parts of a group, and dk and dv, which are sums over all of it.
+
+        Lists are made for each: the kernel has no registers left for a part of longer ones.
+        """
+        where = heads[0].of_runs(runs)
+        blocks = dense(heads[0].of_kv_heads(block_indices), block_indices)
+        lists = _ops._block_lists(blocks, *where, **blocks_of)
         keys, values = heads[0].of_kv_heads(k), heads[0].of_kv_heads(v)
         dq: list[tuple[Tensor]] = []
         sums: list[Tensor] = []
@@ -142,17 +145,13 @@ def _kv_outer_backward(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, A
             grads, queries = (chunk.of_query_heads(x, group) for x in (grad_out, q))
             rows = dense(chunk.of_query_heads(weights, group), weights)
             given = (grads, queries, keys, values, blocks, rows, *lists, *where)
-            *tiles, partials = _ops._selected_bwd_kv_outer(*given, **sizes, with_dq=True, first_head=first_head)
-            dq.append((_ops._sum_partials(partials, blocks, *where, **blocks_of, first_head=first_head),))
+            *tiles, partials = _ops._selected_bwd_kv_outer(*given, **sizes, with_dq=True)
+            dq.append((_ops._sum_partials(partials, blocks, *where, **blocks_of),))
             del partials  # the next take their place
             sums = [a + b for a, b in zip(sums, tiles, strict=True)] if sums else tiles
-        return dq, _key_value_gradients(sums, lists[2], keys, values, where, sizes["block_size"], first_head)
+        return dq, _key_value_gradients(sums, lists[2], keys, values, where, sizes["block_size"])
 
-    parts = []
-    for cut in chunks(q, k, q.shape[3], block_indices.shape[3]):
-        where, blocks = cut[0][0].of_runs(runs), dense(cut[0][0].of_rows(block_indices), block_indices)
-        lists = _ops._block_lists(blocks, *where, **blocks_of)
-        parts.append([part(heads, where, blocks, lists) for heads in cut])
+    parts = [[part(heads) for heads in cut] for cut in chunks(q, k, q.shape[3], block_indices.shape[3])]
     (dq,) = joined([[found for found, _ in rows] for rows in parts])
     dk, dv = joined([[[grads] for _, grads in rows] for rows in parts])
     return dq, dk, dv

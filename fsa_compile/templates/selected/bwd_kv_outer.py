@@ -19,13 +19,13 @@ from ..sequences import Rows, Run, Sequences
 from ..tiles import accumulate, dot, finite_part, store_output, store_tile
 from .fwd_kv_outer import grid
 from .lists import chunk_keys, list_rows, list_tile, load_chunk, load_entries, load_rows, tiles_that_hide
-from .sizes import LISTS, Lists, Part, SelectedSizes, attention_inputs, list_inputs, spread, stages, warps
+from .sizes import LISTS, Lists, SelectedSizes, attention_inputs, spread, stages, warps
 
 
 @triton.jit
 def _rows_loop(
-    grad_out: Rows, q: Rows, k, v, weights, lists: Lists, part: Part, dq_partial, first, last, start, end, chunk, hk,
-    keys, run: Run, seqs: Sequences, scale, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
+    grad_out: Rows, q: Rows, k, v, weights, lists: Lists, dq_partial, first, last, start, end, chunk, hk, keys,
+    run: Run, seqs: Sequences, scale, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """Add what the rows of tiles ``start`` to ``end`` of a list give; HIDDEN: some may not see all keys.
@@ -35,7 +35,7 @@ def _rows_loop(
     COMPENSATED: tl.constexpr = SIZES.ITEMSIZE == 4
     for m in range(start, end):
         entry = load_entries(lists.entries, first, last, m, SIZES, BLOCK_M)
-        valid, n, t, pos, g, partial = list_rows(entry, first, last, m, chunk, part, run, seqs, SIZES, BLOCK_M)
+        valid, n, t, pos, g, partial = list_rows(entry, first, last, m, chunk, None, run, seqs, SIZES, BLOCK_M)
         q_rows = load_rows(q, run.b, hk, t, g, None, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
         grad_rows = load_rows(grad_out, run.b, hk, t, g, None, SIZES.GROUP, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
         row = ((n * SIZES.NUM_KV_HEADS + hk) * SIZES.GROUP + g).to(tl.uint32)
@@ -66,12 +66,12 @@ def _rows_loop(
 
 @triton.jit
 def selected_bwd_kv_outer_kernel(
-    grad_out: Rows, q: Rows, k: Rows, v: Rows, block_indices, weights, lists: Lists, part: Part, dk_tiles, dv_tiles,
-    dq_partial, seqs: Sequences, scale, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
+    grad_out: Rows, q: Rows, k: Rows, v: Rows, block_indices, weights, lists: Lists, dk_tiles, dv_tiles, dq_partial,
+    seqs: Sequences, scale, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     w = tl.program_id(0)
     chunk = tl.program_id(1)
-    first, last, block, hk, run = list_tile(w, block_indices, lists, part, seqs, SIZES)
+    first, last, block, hk, run = list_tile(w, block_indices, lists, None, seqs, SIZES)
     keys, exists = chunk_keys(block, chunk, run.num_keys, first < last, SIZES)
     k_chunk = load_chunk(k, run, hk, keys, exists, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     v_chunk = load_chunk(v, run, hk, keys, exists, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
@@ -85,11 +85,11 @@ def selected_bwd_kv_outer_kernel(
     dk_lost = tl.zeros([CHUNK_N, BLOCK_D], tl.float32)
     dv_lost = tl.zeros([CHUNK_N, BLOCK_DV], tl.float32)
     dk, dk_lost, dv, dv_lost = _rows_loop(
-        grad_out, q, k_chunk, v_chunk, weights, lists, part, dq_partial, first, last, 0, hidden, chunk, hk, keys, run,
-        seqs, scale, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, True,
+        grad_out, q, k_chunk, v_chunk, weights, lists, dq_partial, first, last, 0, hidden, chunk, hk, keys, run, seqs,
+        scale, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, True,
     )  # fmt: skip
     dk, dk_lost, dv, dv_lost = _rows_loop(
-        grad_out, q, k_chunk, v_chunk, weights, lists, part, dq_partial, first, last, hidden,
+        grad_out, q, k_chunk, v_chunk, weights, lists, dq_partial, first, last, hidden,
         tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M), chunk, hk, keys, run, seqs, scale, dk, dk_lost, dv, dv_lost,
         SIZES, BLOCK_M, False,
     )  # fmt: skip
@@ -104,21 +104,18 @@ def selected_bwd_kv_outer_kernel(
 
 def plan(
     grad_out: Any, q: Any, k: Any, v: Any, block_indices: Any, weights: Any,
-    *lists_and_seqs: Any, block_size: int, scale: float, with_dq: bool, first_head: int = 0,
+    *lists_and_seqs: Any, block_size: int, scale: float, with_dq: bool,
 ) -> Plan:  # fmt: skip
-    """Float32 tiles ``[W, C, CHUNK_N, D or DV]`` of dk and dv; if wanted, dq's partials ``[B, T, HK, S, C, G, D]``.
-
-    block_indices and the lists may be of more heads than ``k``, as in ``fwd_kv_outer``.
-    """
+    """Float32 tiles ``[W, C, CHUNK_N, D or DV]`` of dk and dv; if wanted, dq's partials ``[B, T, HK, S, C, G, D]``."""
     sizes = SelectedSizes.of_call(q, k, v, block_indices, block_size)
-    lists, num_tiles = list_inputs(lists_and_seqs[:4], block_indices, sizes.NUM_KV_HEADS, first_head)
+    num_tiles = lists_and_seqs[1].shape[0]
     tile = (num_tiles, sizes.NUM_CHUNKS, sizes.CHUNK_N)
-    partial = (*sizes.partials(*block_indices.shape[:2]), sizes.HEAD_DIM)
+    partial = (*block_indices.shape, sizes.NUM_CHUNKS, sizes.GROUP, sizes.HEAD_DIM)
     return Plan(
         {"grad_out": Strided(grad_out)}
         | attention_inputs(q, k, v, block_indices)
         | {"weights": Dense(weights)}
-        | lists
+        | {"lists": Lists(*map(Dense, lists_and_seqs[:4]))}
         | {"seqs": sequences(q, k.shape[1], lists_and_seqs[4:]), "scale": scale},
         {
             "dk_tiles": Output((*tile, sizes.HEAD_DIM), torch.float32),
@@ -148,7 +145,7 @@ def candidates(sizes: SelectedSizes, device: Device) -> list[Config]:
 BWD_KV_OUTER = Kernel(
     selected_bwd_kv_outer_kernel,
     "_selected_bwd_kv_outer(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor block_indices, Tensor weights, "
-    f"{LISTS}, {SEQUENCES}, *, int block_size, float scale, bool with_dq, int first_head=0) "
+    f"{LISTS}, {SEQUENCES}, *, int block_size, float scale, bool with_dq) "
     "-> (Tensor dk_tiles, Tensor dv_tiles, Tensor dq_partial)",
     plan, grid, heuristic, candidates,
 )  # fmt: skip

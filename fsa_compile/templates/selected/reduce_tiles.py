@@ -19,19 +19,15 @@ AT_ONCE = tl.constexpr(4)
 
 @triton.jit
 def reduce_tiles_tile(
-    tiles, tile_offsets, first_list, block_list, first, exists, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
+    tiles, tile_offsets, block_list, first, exists, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """The sums of BLOCK_R rows, from ``first`` on, of a list's tiles: float32 ``[BLOCK_R, BLOCK_D]``.
-
-    first_list: whose tiles are the first.
-    """
+    """The sums of BLOCK_R rows, from ``first`` on, of a list's tiles: float32 ``[BLOCK_R, BLOCK_D]``."""
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
     ROWS: tl.constexpr = SIZES.NUM_CHUNKS * SIZES.CHUNK_N
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     rows = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
-    before = tl.load(tile_offsets + first_list)
-    end = tl.load(tile_offsets + block_list + 1) - before
-    for w in range(tl.load(tile_offsets + block_list) - before, end, AT_ONCE):
+    end = tl.load(tile_offsets + block_list + 1)
+    for w in range(tl.load(tile_offsets + block_list), end, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             there = exists & (w + i < end)
             total += load_tile(tiles, (rows + (w + i) * ROWS) * SIZES.HEAD_DIM, there, SIZES.HEAD_DIM, BLOCK_D)
@@ -39,18 +35,13 @@ def reduce_tiles_tile(
 
 
 @triton.jit
-def reduce_tiles_kernel(
-    tiles, tile_offsets, first_head, grad, seqs: Sequences, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
-):
+def reduce_tiles_kernel(tiles, tile_offsets, grad, seqs: Sequences, SIZES: tl.constexpr, BLOCK_R: tl.constexpr):
     hk = tl.program_id(1)
     first = tl.program_id(2) * BLOCK_R
     run, block, num_rows = run_of_block(seqs, tl.program_id(0), SIZES.BLOCK_SIZE)
     key = block * SIZES.BLOCK_SIZE + first + tl.arange(0, BLOCK_R)
-    first_list = first_head * tl.num_programs(0)
-    block_list = first_list + hk * tl.num_programs(0) + tl.program_id(0)
-    total = reduce_tiles_tile(
-        tiles, tile_offsets, first_list, block_list, first, key < run.num_keys, SIZES, BLOCK_R
-    )  # fmt: skip
+    block_list = hk * tl.num_programs(0) + tl.program_id(0)
+    total = reduce_tiles_tile(tiles, tile_offsets, block_list, first, key < run.num_keys, SIZES, BLOCK_R)
     t = (run.first_key + key) % seqs.seq_len_k
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
     cols, mask = columns(key < num_rows, SIZES.HEAD_DIM, BLOCK_D)
@@ -58,20 +49,15 @@ def reduce_tiles_kernel(
     store_output(grad, (run.b, t[:, None], hk, cols), strides, total, mask, (BLOCK_R, BLOCK_D))
 
 
-def plan(
-    tiles: Any, tile_offsets: Any, like: Any, *seqs: Any, block_size: int, first_head: int = 0
-) -> Plan:  # fmt: skip
-    """grad ``[B, Tk, HK, D]``, as ``like`` (k or v), from float32 tiles ``[W, C, CHUNK_N, D]``.
-
-    Lists may be of more heads, of which ``first_head`` is like's first.
-    """
+def plan(tiles: Any, tile_offsets: Any, like: Any, *seqs: Any, block_size: int) -> Plan:
+    """grad ``[B, Tk, HK, D]``, as ``like`` (k or v), from float32 tiles ``[W, C, CHUNK_N, D]``."""
     batch, seq_len_k, num_kv_heads, dim = like.shape
     num_chunks, chunk_n = tiles.shape[1:3]
     sizes = SelectedSizes.of(num_kv_heads, num_kv_heads, 1, dim, dim, 1, block_size, like.dtype.itemsize)
     sizes = sizes._replace(NUM_CHUNKS=int(num_chunks), CHUNK_N=int(chunk_n))
     runs = sequences(like, seq_len_k, seqs)
     return Plan(
-        {"tiles": Dense(tiles), "tile_offsets": Dense(tile_offsets), "first_head": first_head, "seqs": runs},
+        {"tiles": Dense(tiles), "tile_offsets": Dense(tile_offsets), "seqs": runs},
         {"grad": Output(tuple(like.shape), like.dtype)},
         sizes,
         (batch, seq_len_k, runs.num_seqs, runs.cu_seqlens_q is not None, block_size, num_kv_heads),
@@ -99,7 +85,6 @@ def candidates(sizes: SelectedSizes, device: Device) -> list[Config]:
 REDUCE_TILES = Kernel(
     reduce_tiles_kernel,
     # `like` is k or v: only its shape and dtype are used.
-    f"_reduce_tiles(Tensor tiles, Tensor tile_offsets, Tensor like, {SEQUENCES}, *, int block_size, int first_head=0) "
-    "-> Tensor",
+    f"_reduce_tiles(Tensor tiles, Tensor tile_offsets, Tensor like, {SEQUENCES}, *, int block_size) -> Tensor",
     plan, grid, heuristic, candidates,
 )  # fmt: skip

@@ -17,9 +17,9 @@ from .sizes import SelectedSizes, spread
 
 
 @triton.jit
-def one_partial(partial, block_indices, exists, pos, ids, slots, g, i, SIZES: tl.constexpr):
+def one_partial(partial, block_indices, exists, pos, slots, g, i, SIZES: tl.constexpr):
     """Each row's ``i``-th partial, 0 where its slot's block is not visible."""  # [BLOCK_R, BLOCK_D]
-    block = tl.load(block_indices + ids + i // SIZES.NUM_CHUNKS)
+    block = tl.load(block_indices + slots + i // SIZES.NUM_CHUNKS)
     seen = exists & is_visible(block, pos, SIZES.BLOCK_SIZE)
     row = (slots * SIZES.NUM_CHUNKS + i) * SIZES.GROUP + g
     return load_tile(partial, row * SIZES.HEAD_DIM, seen, SIZES.HEAD_DIM, SIZES.BLOCK_D).to(tl.float32)
@@ -27,7 +27,7 @@ def one_partial(partial, block_indices, exists, pos, ids, slots, g, i, SIZES: tl
 
 @triton.jit
 def sum_partials_tile(
-    partial, block_indices, exists, pos, ids, slots, g, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
+    partial, block_indices, exists, pos, slots, g, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """The sums of BLOCK_R rows' partials; slots that were never written are not read."""  # [BLOCK_R, BLOCK_D]
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
@@ -35,31 +35,28 @@ def sum_partials_tile(
     NUM_PARTIALS: tl.constexpr = SIZES.NUM_SELECTED * SIZES.NUM_CHUNKS
     if NUM_PARTIALS <= MAX_UNROLLED:  # so that the loads of all slots are in flight together
         for i in tl.static_range(NUM_PARTIALS):
-            acc += one_partial(partial, block_indices, exists, pos, ids, slots, g, i, SIZES)
+            acc += one_partial(partial, block_indices, exists, pos, slots, g, i, SIZES)
     else:
         for i in range(NUM_PARTIALS):
-            acc += one_partial(partial, block_indices, exists, pos, ids, slots, g, i, SIZES)
+            acc += one_partial(partial, block_indices, exists, pos, slots, g, i, SIZES)
     return acc
 
 
 @triton.jit
 def sum_partials_kernel(
-    partial, block_indices, first_head, out, num_rows, seqs: Sequences, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
-):  # fmt: skip
+    partial, block_indices, out, num_rows, seqs: Sequences, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
+):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    exists, pos, ids, slots, g, b, t, h = partial_slots(rows, num_rows, first_head, seqs, SIZES)
-    total = sum_partials_tile(partial, block_indices, exists, pos, ids, slots, g, SIZES, BLOCK_R)
+    exists, pos, _, slots, g, b, t, h = partial_slots(rows, num_rows, None, seqs, SIZES)
+    total = sum_partials_tile(partial, block_indices, exists, pos, slots, g, SIZES, BLOCK_R)
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
     cols, mask = columns(rows < num_rows, SIZES.HEAD_DIM, BLOCK_D)
     strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM)
     store_output(out, (b[:, None], t[:, None], h[:, None], cols), strides, total, mask, (BLOCK_R, BLOCK_D))
 
 
-def plan(partial: Any, block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int, first_head: int = 0) -> Plan:
-    """out ``[B, T, HQ, D]`` from partials ``[B, T, HK, S, C, G, D]``.
-
-    block_indices may be of more heads, as in ``fwd_kv_outer``.
-    """
+def plan(partial: Any, block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int) -> Plan:
+    """out ``[B, T, HQ, D]`` from partials ``[B, T, HK, S, C, G, D]``."""
     sizes = SelectedSizes.of_partials(partial, block_indices, block_size)
     batch, seq_len = block_indices.shape[:2]
     num_q_heads = sizes.NUM_KV_HEADS * sizes.GROUP
@@ -68,7 +65,6 @@ def plan(partial: Any, block_indices: Any, *seqs: Any, seq_len_k: Any, block_siz
         {
             "partial": Dense(partial),
             "block_indices": Dense(block_indices),
-            "first_head": sizes.first_head(first_head),
             "num_rows": num_rows,
             "seqs": sequences(block_indices, seq_len_k, seqs),
         },
@@ -90,7 +86,6 @@ def candidates(sizes: SelectedSizes, device: Device) -> list[Config]:
 
 SUM_PARTIALS = Kernel(
     sum_partials_kernel,
-    f"_sum_partials(Tensor partial, Tensor block_indices, {SEQUENCES}, *, SymInt seq_len_k, "
-    "int block_size, int first_head=0) -> Tensor",
+    f"_sum_partials(Tensor partial, Tensor block_indices, {SEQUENCES}, *, SymInt seq_len_k, int block_size) -> Tensor",
     plan, grid, heuristic, candidates,
 )  # fmt: skip
