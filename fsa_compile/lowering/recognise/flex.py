@@ -218,16 +218,13 @@ def with_mask(graph: fx.Graph, x: Flex, fake_mode: Any) -> tuple[fx.Node, fx.Nod
 
     mask.__name__ = MASK
     mask_args = (x.q, x.k, *x.buffers)
-    values = fx.node.map_arg(mask_args, lambda n: n.meta["example_value"])
-    with fake_mode, torch.no_grad():
-        value = mask(*values)  # type: ignore[arg-type]
-    if value.dtype != torch.bool:
-        raise NotUnderstood("its mask_mod does not give a truth value")
+    q, k = tensor(x.q), tensor(x.k)
+    assert q is not None
+    assert k is not None
+    with fake_mode:  # whether it is a truth value is seen where it is traced
+        value = torch.empty(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
     with graph.inserting_before(x.node):
         made = graph.call_function(mask, mask_args)
-        q, k = tensor(x.q), tensor(x.k)
-        assert q is not None
-        assert k is not None
         options: dict[str, Any] = {"scale": x.scale, "enable_gqa": not _is(q.shape[1], k.shape[1])}
         call = graph.call_function(F.scaled_dot_product_attention, (x.q, x.k, x.v, made), options)
     made.meta["example_value"] = value
