@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .evaluate import NotUnderstood
 from .region import Graph, Region, _autocast, guard_equal, trace
+from .shapes import reads_strides
 from .writes import function_name, tensor
 
 __all__ = ["MASK", "Flex", "Outside", "bound_flex", "key_of", "require_tables_of_mask_mod", "with_mask"]
@@ -88,6 +89,8 @@ def bound_flex(node: fx.Node) -> Flex:
     mask_mod, score = (getattr(module, str(getattr(x, "target", "")), None) for x in (tables[-1], score_mod))
     if not isinstance(mask_mod, fx.GraphModule) or not isinstance(score, fx.GraphModule):
         raise NotUnderstood("its mask_mod was not captured")
+    if reads_strides(mask_mod.graph):
+        raise NotUnderstood("its mask_mod depends on how tensors lie in memory")
     if isinstance(tables[-2], int) and tables[-2] >= _NO_BLOCKS:
         raise NotUnderstood("dense attention, not NSA: it has no block_mask")
     compared = sum(function_name(x).strip("_") in _COMPARISONS for x in mask_mod.graph.nodes)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .evaluate import NotUnderstood
 from .writes import function_name
 
-__all__ = ["ShapesOnly", "refuse_strides"]
+__all__ = ["ShapesOnly", "reads_strides", "refuse_strides"]
 
 _STRIDED = frozenset(
     "as_strided as_strided_copy as_strided_scatter _reshape_alias resize sym_stride sym_storage_offset stride "
@@ -81,6 +81,11 @@ def _track(result: Any, proxy: Any, tracer: Any) -> None:
     else:
         for i, one in enumerate(result):
             _track(one, proxy[i], tracer)
+
+
+def reads_strides(graph: fx.Graph) -> bool:
+    """Whether a program asks how its tensors lie in memory, which a trace of it would not show."""
+    return any(function_name(node) in _STRIDED for node in graph.nodes)
 
 
 def refuse_strides(traced: fx.GraphModule) -> None:
@@ -168,8 +173,8 @@ def _bits(*operands: Any) -> _Made:
 
 
 @_rule(*(f"{name}.{kind}" for name in ("add", "sub", "mul") for kind in ("Tensor", "Scalar")), "neg.default")
-def _arithmetic(*operands: Any) -> _Made:
-    dtype = _common(*operands) if len(operands) <= 2 else None
+def _arithmetic(*operands: Any, alpha: Any = 1) -> _Made:
+    dtype = _common(*operands) if len(operands) <= 2 and isinstance(alpha, int) else None
     return None if dtype is None or dtype == torch.bool else _of(dtype, *operands)
 
 
