@@ -101,6 +101,7 @@ MODELS = {
     "sdpa": Model(layer("sdpa_mask"), LAYER, SELECTED),
     "softmax": Model(layer("softmax_by_hand"), LAYER, SELECTED),
     "einsum": Model(layer("einsum_grouped"), LAYER, SELECTED),
+    "bmm": Model(layer("bmm_added_mask"), LAYER, SELECTED),
     "flex": Model(layer("flex"), LAYER, SELECTED, layer("sdpa_mask")),
     "whole": Model(layer("whole"), LAYER, WHOLE),
     "minimax-m3": Model(MiniMaxM3, M3, INDEXED),

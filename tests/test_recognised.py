@@ -148,12 +148,13 @@ def test_goals_are_those_of_32k_tokens() -> None:
     assert recognised.missed_goals([row, {**row, "seq_len": 8192}]) == ["sdpa: speedup 4.90, goal 5"]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # said once in a process
 def test_flexattention_is_the_same_function_as_its_mask() -> None:
     sizes = replace(_SIZES, head_dim=16)
     problem = recognised.Problem(
         replace(recognised.MODELS["flex"], sizes=sizes), 150, torch.device("cpu"), torch.float32
     )
-    with torch.no_grad(), pytest.warns(UserWarning, match="flex_attention called without torch.compile"):
+    with torch.no_grad():
         torch.testing.assert_close(
             problem.module(problem.x, problem.ids), problem.plain(problem.x, problem.ids), atol=1e-5, rtol=1e-4
         )

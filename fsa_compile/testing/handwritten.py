@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-__all__ = ["einsum_grouped", "flex", "sdpa_mask", "softmax_by_hand", "whole"]
+__all__ = ["bmm_added_mask", "einsum_grouped", "flex", "sdpa_mask", "softmax_by_hand", "whole"]
 
 
 def _causal(t: int, device: torch.device) -> Tensor:
@@ -60,6 +60,23 @@ def einsum_grouped(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, *, block_size: 
     scores = torch.einsum("bikgd,bjkd->bkgij", grouped, k) * d**-0.5
     scores = torch.where(mask.transpose(1, 2)[:, :, None], scores.float(), -torch.inf)
     return torch.einsum("bkgij,bjkd->bikgd", scores.softmax(-1).type_as(v), v).flatten(2, 3)
+
+
+def bmm_added_mask(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, *, block_size: int) -> Tensor:
+    """`bmm` of batch and heads as one axis, the lowest number added to hidden scores; a query's own block is seen."""
+    (b, t, heads, d), kv_heads = q.shape, k.shape[2]
+    group, lowest = heads // kv_heads, torch.finfo(q.dtype).min
+    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    q, k, v = (x.transpose(1, 2).reshape(b * heads, t, d) for x in (q, k, v))
+    token = torch.arange(t, device=q.device)
+    own, blocks = token.div(block_size, rounding_mode="floor"), torch.arange(-(-t // block_size), device=q.device)
+    listed = ids.unsqueeze(-1).eq(blocks).any(dim=-2) | own[:, None, None].eq(blocks)  # [b, t, kv_heads, blocks]
+    seen = torch.gather(listed, -1, own.expand(b, t, kv_heads, t)) & (token <= token[:, None])[:, None]
+    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, lowest)
+    bias = bias.transpose(1, 2).repeat_interleave(group, dim=1).reshape(b * heads, t, t)
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    return torch.bmm(weights, v).view(b, heads, t, d).transpose(1, 2)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, *, block_size: int) -> Tensor:

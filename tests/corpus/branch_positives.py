@@ -111,7 +111,7 @@ def compressed_lowest(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return weighed(q @ k.mT * 0.25, completed(q.shape[2], k.shape[2]), v, LOWEST)
 
 
-@compressed(layout="bthd")
+@compressed(layout="bthd", static_only=True)  # nothing in it says that there are as many queries as keys
 def compressed_einsum(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     b, t, h, d = q.shape
     hk = k.shape[2]
@@ -123,7 +123,7 @@ def compressed_einsum(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return torch.einsum("bkgij,bjkd->bikgd", scores.softmax(-1).nan_to_num(0.0), v).flatten(2, 3)
 
 
-@compressed()
+@compressed(static_only=True)  # a short sequence would have fewer windows seen than one
 def compressed_clamped_count(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     q, k, v = as_projected(q, k, v)
     k, v = windows_of(k), windows_of(v)
@@ -142,7 +142,7 @@ def compressed_whole_blocks(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Ten
     return F.scaled_dot_product_attention(q, *grouped(q, k, v), attn_mask=mask)
 
 
-@compressed()  # by what it does: queries stand one position earlier
+@compressed(static_only=True)  # by what it does: queries stand one position earlier
 def compressed_blocks_before_the_own(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     q, k, v = as_projected(q, k, v)
     t = q.shape[2]
@@ -242,7 +242,7 @@ def later_queries(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapped
 
 
-@sliding()
+@sliding(static_only=True)
 @later_queries
 def window_of_later_queries(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     i, j = torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None], torch.arange(k.shape[2])

@@ -133,7 +133,7 @@ def indexer_compared(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return attend(q, k, v, mask, LOWEST)
 
 
-@positive(selects=True, layout="bthd", length=80)
+@positive(selects=True, layout="bthd", length=80, static_only=True)
 def indexer_einsum_whole_blocks(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     b, t, hk, d = k.shape
     q5 = q.unflatten(2, (hk, -1))

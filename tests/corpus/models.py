@@ -22,3 +22,8 @@ def long_softmax_by_hand(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor
 @positive(layout="bthd", padded=True)
 def long_einsum_grouped(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return handwritten.einsum_grouped(q, k, v, ids, block_size=BLOCK)
+
+
+@positive(layout="bthd", padded=True)
+def long_bmm_added_mask(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    return handwritten.bmm_added_mask(q, k, v, ids, block_size=BLOCK)

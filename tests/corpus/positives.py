@@ -348,3 +348,16 @@ def sdpa_biased_by_the_smallest(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) ->
     mask = (chosen_or_own(ids, t) & causal(t)).repeat_interleave(g, 1)
     bias = torch.full((t, t), torch.finfo(q.dtype).min, dtype=q.dtype).masked_fill(mask, 0.0)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+
+
+@positive(layout="bthd", padded=True)
+def sdpa_flattened_ids(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    """What stands for no block is told after ids are flattened, which copies: they lie in memory transposed."""
+    (b, t, hk, _), g = k.shape, q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    flat = (ids + 0).transpose(1, 2).reshape(b * hk, t, -1)
+    flat = torch.where(flat < 0, blocks_of(t), flat)
+    chosen = torch.zeros(b * hk, t, blocks_of(t) + 1, dtype=torch.bool).scatter_(-1, flat, True)
+    tokens = chosen[..., :-1].repeat_interleave(BLOCK, -1)[..., :t] & causal(t)
+    mask = tokens.unflatten(0, (b, hk)).repeat_interleave(g, 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)

@@ -296,6 +296,8 @@ def _pieces_of_call(
     inner = Region(region.nodes[:-1], region.inputs, region.autocast)
     traced = trace(inner, operands, fake_mode)
     q, k, v, mask = _results(traced)
+    if function_name(operands[3]) == MASK and mask.meta["val"].dtype != torch.bool:
+        raise NotUnderstood("its mask_mod does not give a truth value")
     return traced, of_call(ev, q, k, v, mask, call["scale"], bool(call["enable_gqa"]))
 
 

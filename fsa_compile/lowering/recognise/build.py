@@ -13,10 +13,12 @@ from .evaluate import Evaluator, NotUnderstood, joined
 from .index import Div, Mod, Poly, Size, Var, is_nonneg, variables
 from .region import Region, _autocast, guard_at_most
 from .terms import And, Apply, At, Const, Equal, Int, NonNeg, Not, Or, Term
+from .writes import tensor
 
 __all__ = ["Builder"]
 
 _COMPARE: dict[str, Callable[..., Any]] = {"lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge}
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 
@@ -81,7 +83,9 @@ class Builder:
                 given = self.make(torch.Tensor.to, args[1], self.fake(args[0]).dtype)
                 self.inlined[node] = self.make(torch.Tensor.expand_as, given, args[0])
                 return self.inlined[node]
-            self.inlined[node] = self.make(node.target, *args, **kwargs)  # type: ignore[arg-type]
+            # A view of what lies in memory otherwise than it did in the trace may be a copy.
+            target: Any = torch.reshape if node.target in _VIEWS else node.target
+            self.inlined[node] = self.make(target, *args, **kwargs)
         return self.inlined[node]
 
     def length(self, size: Poly) -> Any:
@@ -174,8 +178,16 @@ class Builder:
         assert isinstance(atom, (Div, Mod))
         if atom.den.constant is None:
             raise NotUnderstood(f"an index is divided by {atom.den}")
-        fn = torch.floor_divide if isinstance(atom, Div) else torch.remainder
-        return self.make(fn, self.numbers(atom.num, axes, ndim), atom.den.constant)
+        number = self.numbers(atom.num, axes, ndim)
+        if isinstance(atom, Div):
+            return self.divided(number, atom.den.constant)
+        return self.make(torch.remainder, number, atom.den.constant)
+
+    def divided(self, x: Any, by: int) -> fx.Node:
+        """Rounded down; by a power of two as a shift, which fake tensors do not take apart into ten operators."""
+        if isinstance(x, fx.Node) and tensor(x) is not None and by > 0 and by & (by - 1) == 0:
+            return self.make(torch.bitwise_right_shift, x, by.bit_length() - 1)
+        return self.make(torch.floor_divide, x, by)
 
     def truth(self, x: Term, order: Sequence[Var | None]) -> Any:
         """A condition as a bool tensor whose axes are `order`, or broadcast over it."""

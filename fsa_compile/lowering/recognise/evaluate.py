@@ -68,7 +68,9 @@ class Evaluator:
         self.symbols: dict[str, sympy.Expr] = {}
         self._fresh = itertools.count()
         self._steps = 0
+        self._expressions: dict[Any, Poly] = {}
         self.factors = dict(filter(None, map(self._multiple, guards)))
+        self._expressions.clear()  # written without the factors
 
     def _multiple(self, guard: Any) -> tuple[str, int] | None:
         """A size and a number that divides it, if that is what a guard says."""
@@ -163,6 +165,11 @@ class Evaluator:
 
     def expression(self, e: Any) -> Poly:
         """A size that is written in SymPy."""
+        if e not in self._expressions:
+            self._expressions[e] = self._expression(e)
+        return self._expressions[e]
+
+    def _expression(self, e: Any) -> Poly:
         if e.is_Integer:
             return Poly.of(int(e))
         if e.is_Symbol:

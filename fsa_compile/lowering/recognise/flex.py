@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .evaluate import NotUnderstood
 from .region import Graph, Region, _autocast, guard_equal, trace
+from .shapes import reads_strides
 from .writes import function_name, tensor
 
 __all__ = ["MASK", "Flex", "Outside", "bound_flex", "key_of", "require_tables_of_mask_mod", "with_mask"]
@@ -88,6 +89,8 @@ def bound_flex(node: fx.Node) -> Flex:
     mask_mod, score = (getattr(module, str(getattr(x, "target", "")), None) for x in (tables[-1], score_mod))
     if not isinstance(mask_mod, fx.GraphModule) or not isinstance(score, fx.GraphModule):
         raise NotUnderstood("its mask_mod was not captured")
+    if reads_strides(mask_mod.graph):
+        raise NotUnderstood("its mask_mod depends on how tensors lie in memory")
     if isinstance(tables[-2], int) and tables[-2] >= _NO_BLOCKS:
         raise NotUnderstood("dense attention, not NSA: it has no block_mask")
     compared = sum(function_name(x).strip("_") in _COMPARISONS for x in mask_mod.graph.nodes)
@@ -218,16 +221,13 @@ def with_mask(graph: fx.Graph, x: Flex, fake_mode: Any) -> tuple[fx.Node, fx.Nod
 
     mask.__name__ = MASK
     mask_args = (x.q, x.k, *x.buffers)
-    values = fx.node.map_arg(mask_args, lambda n: n.meta["example_value"])
-    with fake_mode, torch.no_grad():
-        value = mask(*values)  # type: ignore[arg-type]
-    if value.dtype != torch.bool:
-        raise NotUnderstood("its mask_mod does not give a truth value")
+    q, k = tensor(x.q), tensor(x.k)
+    assert q is not None
+    assert k is not None
+    with fake_mode:  # whether it is a truth value is seen where it is traced
+        value = torch.empty(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
     with graph.inserting_before(x.node):
         made = graph.call_function(mask, mask_args)
-        q, k = tensor(x.q), tensor(x.k)
-        assert q is not None
-        assert k is not None
         options: dict[str, Any] = {"scale": x.scale, "enable_gqa": not _is(q.shape[1], k.shape[1])}
         call = graph.call_function(F.scaled_dot_product_attention, (x.q, x.k, x.v, made), options)
     made.meta["example_value"] = value

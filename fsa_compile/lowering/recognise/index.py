@@ -343,6 +343,7 @@ def atoms_of(p: Poly) -> frozenset[Atom]:
     return frozenset(found)
 
 
+@functools.lru_cache(maxsize=4096)
 def variables(p: Poly) -> frozenset[Var]:
     """The index variables of `p`."""
     return frozenset(a for a in atoms_of(p) if isinstance(a, Var))

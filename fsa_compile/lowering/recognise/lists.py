@@ -79,7 +79,7 @@ def block_indices(
         parts.append(b.make(torch.flatten, part, 2, 3))
     ids = parts[0] if len(parts) == 1 else b.make(torch.cat, parts, -1)
     position = b.numbers(Poly.of(query) + (key.size - query.size), {query: 1}, 4)
-    newest = b.make(torch.floor_divide, position, selection.block_size)
+    newest = b.divided(position, selection.block_size)
     seen = b.make(torch.logical_and, b.make(torch.ge, ids, 0), b.make(torch.le, ids, newest))
     ids = b.make(torch.where, seen, ids, -1)
     if not _distinct(b, selection, lists) and b.shape(ids)[-1] != 1:

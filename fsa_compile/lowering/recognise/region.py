@@ -17,6 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .evaluate import NotUnderstood
+from .shapes import ShapesOnly, refuse_strides
 from .vmaps import BATCHED, Levels, is_batched, is_level
 from .writes import function_name, storage_of, tensor, written
 
@@ -326,8 +327,9 @@ def trace(
             raise NotUnderstood(f"{node.name}, which goes into it, is a {type(value).__name__}")
         values.append(value.detach() if isinstance(value, torch.Tensor) else value)
     # With the Python dispatcher: in torch 2.11 the C++ decomposition of `matmul` makes constants of dynamic sizes.
-    with _autocast(region.autocast), enable_python_dispatcher(), fake_mode, torch.no_grad():
+    with _autocast(region.autocast), enable_python_dispatcher(), fake_mode, ShapesOnly(), torch.no_grad():
         traced = make_fx(fn, tracing_mode="real")(*values)
+    refuse_strides(traced)
     _guard_scattered_rows(traced)
     return traced
 

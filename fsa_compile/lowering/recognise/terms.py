@@ -6,6 +6,7 @@ indices as `NonNeg`, constants folded. Two equal terms are the same value; the r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,18 @@ __all__ = [
 @dataclass(frozen=True)
 class Term:
     """The value of one element."""
+
+    @functools.cached_property
+    def free(self) -> frozenset[Var]:
+        """The index variables that it depends on."""
+        if isinstance(self, (Int, NonNeg)):
+            return variables(self.poly)
+        if isinstance(self, At):
+            return frozenset().union(*map(variables, self.index)) if self.index else frozenset()
+        found: frozenset[Var] = frozenset().union(*(free(part) for part in _parts(self)))
+        if isinstance(self, (Exists, Reduce, Softmax)):
+            found -= {self.var}
+        return found | variables(self.at) if isinstance(self, Softmax) else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,17 +343,8 @@ def _parts(x: Term) -> Iterator[Any]:
 
 
 def free(x: Any) -> frozenset[Var]:
-    """The index variables that a term depends on."""
-    if isinstance(x, (Int, NonNeg)):
-        return variables(x.poly)
-    if isinstance(x, At):
-        return frozenset().union(*map(variables, x.index)) if x.index else frozenset()
-    if not isinstance(x, Term):
-        return frozenset()
-    found: frozenset[Var] = frozenset().union(*(free(part) for part in _parts(x)))
-    if isinstance(x, (Exists, Reduce, Softmax)):
-        found -= {x.var}
-    return found | variables(x.at) if isinstance(x, Softmax) else found
+    """The index variables that a term depends on; none of what is no term."""
+    return x.free if isinstance(x, Term) else frozenset()
 
 
 def replaced(x: Any, values: Mapping[Var, Poly]) -> Any:
