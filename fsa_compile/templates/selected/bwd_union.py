@@ -11,9 +11,20 @@ import triton
 import triton.language as tl
 
 from ..kernel import SEQUENCES, Kernel, Output, Plan
-from ..query_tiles import keys_base, load_keys, load_rows, load_weights, place_of_tile, what_was_lost
+from ..query_tiles import (
+    Keys,
+    keys_and_values,
+    load_k,
+    load_rows,
+    load_v,
+    load_weights,
+    output_of_tile,
+    place_of_tile,
+    tile_of_program,
+    what_was_lost,
+)
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, Statistics, all_finite, columns, dense_strides, dot, finite_part, rows_apart, store_output
+from ..tiles import LOG2E, Statistics, all_finite, dot, finite_part, store_output
 from . import walks
 from .sizes import backward_inputs
 from .unions import UNIONS, Unions
@@ -22,17 +33,15 @@ from .walks import Walk, WalkSizes, hides_keys, inputs, is_past, key_tile, nan_o
 
 @triton.jit
 def _dq_loop(
-    q, grad_out, k_base, k_stride, v_base, v_stride, walk: Walk, factor, minus, delta, dq, SIZES: tl.constexpr,
-    CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+    q, grad_out, keys: Keys, walk: Walk, factor, minus, delta, dq, SIZES: tl.constexpr, CAREFUL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     # A mask an element takes fewer registers than a number a row, which wide rows do not have.
     WIDE: tl.constexpr = SIZES.BLOCK_D + SIZES.BLOCK_DV > 256
     for i in tl.range(0, walk.tiles, num_stages=STAGES):
         start, left, chosen, _ = key_tile(walk, i, SIZES)
-        k_here = k_base + rows_apart(start, k_stride)
-        v_here = v_base + rows_apart(start, v_stride)
-        k = load_keys(k_here, k_stride, left, SIZES.HEAD_DIM, SIZES.BLOCK_D, SIZES.BLOCK_N, True)
-        v = load_keys(v_here, v_stride, left, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, SIZES.BLOCK_N, True)
+        k = load_k(keys, start, left, SIZES, SIZES.BLOCK_N, True)
+        v = load_v(keys, start, left, SIZES, SIZES.BLOCK_N, True)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if WIDE:
             weights = tl.exp2(tl.fma(scores, factor, minus[:, None]))
@@ -58,22 +67,17 @@ def selected_bwd_union_tile(
     run, first = run_of_tile(seqs, w, SIZES.TOKENS)
     place = place_of_tile(run, first, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, SIZES.TOKENS, HEADS)
     walk = walk_of_tile(unions, w, hk, run, first, place, SIZES, BLOCK_M, HEADS)
-    k_base = keys_base(k, run.b, run.first_key, hk)
-    v_base = keys_base(v, run.b, run.first_key, hk)
+    keys = keys_and_values(k, v, run.b, run.first_key, hk)
     queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     grads = load_rows(grad_out, place, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
     factor = scale * LOG2E
     minus, delta, shift, log_sum = load_weights(rows, place, factor)
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _dq_loop(
-        queries, grads, k_base, k.strides[1], v_base, v.strides[1], walk, factor, minus, delta, dq, SIZES, False, None
-    )
+    dq = _dq_loop(queries, grads, keys, walk, factor, minus, delta, dq, SIZES, False, None)
     if not all_finite(dq):  # a key that some row does not see can only do harm if it is not finite
-        dq = nan_of_walk(k_base, k.strides[1], walk, SIZES, SIZES.HEAD_DIM, BLOCK_D, BLOCK_M)
-        dq = _dq_loop(
-            queries, grads, k_base, k.strides[1], v_base, v.strides[1], walk, factor, minus, delta, dq, SIZES, True, 1
-        )
+        dq = nan_of_walk(keys.k, keys.k_stride, walk, SIZES, SIZES.HEAD_DIM, BLOCK_D, BLOCK_M)
+        dq = _dq_loop(queries, grads, keys, walk, factor, minus, delta, dq, SIZES, True, 1)
     return dq * (what_was_lost(minus, shift, log_sum, factor) * scale)[:, None], place
 
 
@@ -82,15 +86,12 @@ def selected_bwd_union_kernel(
     grad_out: Rows, q: Rows, k: Rows, v: Rows, rows: Statistics, unions: Unions, dq, seqs: Sequences, scale,
     SIZES: tl.constexpr, BLOCK_M: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    w = tl.num_programs(0) - 1 - tl.program_id(0)
-    parts = tl.cdiv(SIZES.GROUP, HEADS)
+    w, hk, head_tile = tile_of_program(SIZES, HEADS)
     value, place = selected_bwd_union_tile(
-        grad_out, q, k, v, rows, unions, seqs, scale, w, tl.program_id(1) // parts, tl.program_id(1) % parts, SIZES,
-        BLOCK_M, HEADS,
-    )  # fmt: skip
+        grad_out, q, k, v, rows, unions, seqs, scale, w, hk, head_tile, SIZES, BLOCK_M, HEADS
+    )
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
-    cols, mask = columns(place.exists, SIZES.HEAD_DIM, BLOCK_D)
-    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM)
+    cols, mask, strides = output_of_tile(place, seqs.seq_len, SIZES, SIZES.HEAD_DIM, BLOCK_D)
     store_output(dq, (place.b, place.t[:, None], place.h[:, None], cols), strides, value, mask, (BLOCK_M, BLOCK_D))
 
 

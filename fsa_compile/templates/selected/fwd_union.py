@@ -17,16 +17,21 @@ from ...tiling import Config, Device
 from ..kernel import SEQUENCES, Kernel, Output, Plan
 from ..query_tiles import (
     LOWEST,
+    Keys,
     exponent_shift,
-    keys_base,
-    load_keys,
+    keys_and_values,
+    load_k,
     load_rows,
+    load_v,
+    output_of_tile,
     place_of_tile,
     softmax_end,
     softmax_step,
+    store_statistics,
+    tile_of_program,
 )
 from ..sequences import Rows, Sequences, run_of_tile
-from ..tiles import LOG2E, columns, dense_strides, dot, finite_part, rows_apart, rows_finite, store_output
+from ..tiles import LOG2E, dot, finite_part, rows_finite, store_output
 from . import walks
 from .unions import UNIONS, Unions
 from .walks import (
@@ -48,8 +53,8 @@ MUCH = tl.constexpr(65536.0)
 
 @triton.jit
 def _fwd_loop(
-    q, k_base, k_stride, v_base, v_stride, walk: Walk, factor, absent, acc, row_max, row_sum, SIZES: tl.constexpr,
-    CAREFUL: tl.constexpr, FIXED: tl.constexpr, STAGES: tl.constexpr,
+    q, keys: Keys, walk: Walk, factor, absent, acc, row_max, row_sum, SIZES: tl.constexpr, CAREFUL: tl.constexpr,
+    FIXED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """FIXED: a row's ``row_max`` is that of the first tile in which it sees a key, and stays."""
     minus = -exponent_shift(row_max, factor)
@@ -57,8 +62,7 @@ def _fwd_loop(
     seen = absent
     for i in tl.range(0, walk.tiles, num_stages=STAGES):
         start, left, chosen, members = key_tile(walk, i, SIZES)
-        here = k_base + rows_apart(start, k_stride)
-        k = load_keys(here, k_stride, left, SIZES.HEAD_DIM, SIZES.BLOCK_D, SIZES.BLOCK_N, True)
+        k = load_k(keys, start, left, SIZES, SIZES.BLOCK_N, True)
         scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if CAREFUL:
             scores = tl.where(chosen[:, None], scores, float("-inf"))
@@ -77,8 +81,7 @@ def _fwd_loop(
                 scores = tl.where(chosen[:, None], scores, float("-inf"))
             p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, factor)
             acc = acc * decay[:, None]
-        here = v_base + rows_apart(start, v_stride)
-        v = load_keys(here, v_stride, left, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV, SIZES.BLOCK_N, True)
+        v = load_v(keys, start, left, SIZES, SIZES.BLOCK_N, True)
         if CAREFUL:
             v = finite_part(v)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
@@ -98,8 +101,7 @@ def selected_fwd_union_tile(
     run, first = run_of_tile(seqs, w, SIZES.TOKENS)
     place = place_of_tile(run, first, hk, head_tile, seqs.seq_len, SIZES, BLOCK_M, SIZES.TOKENS, HEADS)
     walk = walk_of_tile(unions, w, hk, run, first, place, SIZES, BLOCK_M, HEADS)
-    k_base = keys_base(k, run.b, run.first_key, hk)
-    v_base = keys_base(v, run.b, run.first_key, hk)
+    keys = keys_and_values(k, v, run.b, run.first_key, hk)
     queries = load_rows(q, place, SIZES.HEAD_DIM, SIZES.BLOCK_D)
     factor = scale * LOG2E
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
@@ -110,23 +112,23 @@ def selected_fwd_union_tile(
     unseen = tl.full([BLOCK_M], LOWEST, tl.float32)
     nothing = tl.zeros([BLOCK_M], tl.float32)
     acc, row_max, row_sum = _fwd_loop(
-        queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, absent,
+        queries, keys, walk, factor, absent,
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), unseen, nothing, SIZES, False, FIXED, None,
     )  # fmt: skip
     if not rows_finite(acc, row_sum):
         # What is not finite may come of a key or value that a row does not see, which must not notice.
-        lost = nan_of_walk(v_base, v.strides[1], walk, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
+        lost = nan_of_walk(keys.v, keys.v_stride, walk, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
         acc, row_max, row_sum = _fwd_loop(
-            queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, absent, lost, unseen, nothing, SIZES,
+            queries, keys, walk, factor, absent, lost, unseen, nothing, SIZES,
             True, FIXED, 1,
         )  # fmt: skip
         if FIXED:
             # Or of an exponent that found no room. The other rows keep every bit.
             over = row_sum > MUCH
             if tl.max(over.to(tl.int32)) > 0:
-                lost = nan_of_walk(v_base, v.strides[1], walk, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
+                lost = nan_of_walk(keys.v, keys.v_stride, walk, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV, BLOCK_M)
                 all_acc, all_max, all_sum = _fwd_loop(
-                    queries, k_base, k.strides[1], v_base, v.strides[1], walk, factor, absent, lost, unseen, nothing,
+                    queries, keys, walk, factor, absent, lost, unseen, nothing,
                     SIZES, True, False, 1,
                 )  # fmt: skip
                 acc = tl.where(over[:, None], all_acc, acc)
@@ -141,17 +143,13 @@ def selected_fwd_union_kernel(
     q: Rows, k: Rows, v: Rows, unions: Unions, out, shift, log_sum, seqs: Sequences, scale, SIZES: tl.constexpr,
     BLOCK_M: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    # Later queries have more to select from: they go first, and the short ones fill the end.
-    w = tl.num_programs(0) - 1 - tl.program_id(0)
-    parts = tl.cdiv(SIZES.GROUP, HEADS)
+    w, hk, head_tile = tile_of_program(SIZES, HEADS)
     value, row_shift, row_log_sum, place = selected_fwd_union_tile(
-        q, k, v, unions, seqs, scale, w, tl.program_id(1) // parts, tl.program_id(1) % parts, SIZES, BLOCK_M, HEADS
+        q, k, v, unions, seqs, scale, w, hk, head_tile, SIZES, BLOCK_M, HEADS
     )
-    tl.store(shift + place.n, row_shift, mask=place.exists)
-    tl.store(log_sum + place.n, row_log_sum, mask=place.exists)
+    store_statistics(shift, log_sum, place, row_shift, row_log_sum)
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
-    cols, mask = columns(place.exists, SIZES.HEAD_DIM_V, BLOCK_DV)
-    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
+    cols, mask, strides = output_of_tile(place, seqs.seq_len, SIZES, SIZES.HEAD_DIM_V, BLOCK_DV)
     store_output(out, (place.b, place.t[:, None], place.h[:, None], cols), strides, value, mask, (BLOCK_M, BLOCK_DV))
 
 
