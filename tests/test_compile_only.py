@@ -15,6 +15,7 @@ from fsa_compile.ops.options import Layout
 from fsa_compile.ops.rules import RULES, kernel_runs
 from fsa_compile.ops.selected.block_lists import block_lists
 from fsa_compile.templates.kernel import Kernel, Plan
+from fsa_compile.templates.selected.listing import LIST_KEYS, LIST_OFFSETS, LIST_TILES
 from fsa_compile.testing.compile_only import (
     SHARED_MEMORY,
     TARGETS,
@@ -126,6 +127,19 @@ def test_packed_kernels_compile() -> None:
     for kernel, plan in launches(2, 64, 64, 64, torch.bfloat16, packed=True):
         usage = compile_record(kernel, plan, kernel.config(plan.sizes, device_of("sm_90")), "sm_90")
         assert usage.spilled <= allowed(kernel, plan.sizes), kernel.name
+
+
+def test_lists_of_one_entry_compile() -> None:
+    """Triton makes a constant of an argument that is 1."""
+    for packed in (None, torch.empty(2, dtype=torch.int32, device="meta")):
+        blocks = torch.empty(1, 1, 1, 1, dtype=torch.int32, device="meta")
+        plans = {
+            LIST_KEYS: LIST_KEYS.plan(blocks, packed, packed, None, None, seq_len_k=1, block_size=64),
+            LIST_OFFSETS: LIST_OFFSETS.plan(blocks.view(1).short(), blocks.view(1).long(), num_lists=1),
+            LIST_TILES: LIST_TILES.plan(blocks.new_empty(2), num_tiles=1),
+        }
+        for kernel, plan in plans.items():
+            assert compile_record(kernel, plan, kernel.config(plan.sizes, device_of("sm_90")), "sm_90").spilled == 0
 
 
 _T, _MANY, _FEW = 16384, (32, 128), (8, 128)
