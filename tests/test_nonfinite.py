@@ -118,6 +118,10 @@ def test_rows_do_not_reach_keys_that_they_do_not_see(
         upstream[0][:, rows] = value
     have = forward(q, *call.args[1:], **call.options)
     same(have, want, ~rows)
+    if which == "q":
+        seeing = rows & (want[2][0] > -torch.inf).all(-1)
+        assert have[0][:, seeing].isnan().all(), "its own NaN a row returns"
+        assert (have[1] + have[2])[:, seeing].isnan().all()
     grads = backward(*upstream, q, *call.args[1:], *have, **call.options)
     torch.testing.assert_close(grads[0][:, ~rows], wanted[0][:, ~rows])
     for a, b in zip(grads[1:], wanted[1:], strict=True):
@@ -158,6 +162,23 @@ def test_mean(device: str) -> None:
         dirty = have.isnan().flatten(2).any(-1)[0]
         assert 1 <= int(dirty.sum()) <= spec.kernel_size // spec.kernel_stride
         assert torch.equal(have[:, ~dirty], want[:, ~dirty])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seq_len", [1, 33, 40])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_rows_that_see_nothing_else(name: str, seq_len: int, dtype: torch.dtype) -> None:
+    """Of every score of a row a NaN: a NaN, and not the 0 of a row without keys."""
+    call = call_of(
+        name, make_inputs(Spec(seq_len=seq_len, kernel_size=32, kernel_stride=16, blocks="local"), dtype=dtype)
+    )
+    want = call.op()(*call.args, **call.options)
+    sees = (want[1][0] > -torch.inf).all(-1)
+    k = torch.full_like(call.args[1], torch.nan)
+    out, lse = call.op()(call.args[0], k, *call.args[2:], **call.options)
+    assert out[:, sees].isnan().all()
+    assert lse[:, sees].isnan().all()
+    assert not out[:, ~sees].any()
 
 
 def test_the_case_that_was_reported() -> None:

@@ -47,7 +47,15 @@ def tile_forward(
 
     Every row has to see a key, and one among the first 512 (the kernel's own step over the keys).
     """
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=1.0)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=1.0
+    )
+    if causal:
+        # A row whose scores are all NaN the kernel takes for one without keys, whose output is 0. Each sees key 0.
+        spoiled = torch.matmul(q, k[:, :, :1].transpose(2, 3)).squeeze(3).isnan()
+        if spoiled.any():
+            out, lse = out.masked_fill(spoiled[..., None], torch.nan), lse.masked_fill(spoiled, torch.nan)
+    return out, lse
 
 
 def tile_backward(
