@@ -188,6 +188,25 @@ def test_what_is_not_finite_reaches_only_the_rows_that_see_it(order: str, value:
 
 @kernels
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_is_one_rows_affair(order: str, value: float) -> None:
+    """Output and lse of the row are NaN, not those of a row without keys; others keep every bit."""
+    x = make_inputs(Spec(seq_len=40, blocks="local"), DEVICE)
+    q = x.q.clone()
+    q[:, 33, 1] = value
+    (out, lse), (clean, clean_lse) = (
+        in_order(order)(given, x.k, x.v, x.block_indices, block_size=16) for given in (q, x.q)
+    )
+    assert out[0, 33, 1].isnan().all()
+    assert lse[0, 33, 1].isnan()
+    others = torch.ones_like(lse, dtype=torch.bool)
+    others[0, 33, 1] = False
+    assert torch.equal(out[others], clean[others])
+    assert torch.equal(lse[others], clean_lse[others])
+
+
+@kernels
+@pytest.mark.parametrize("order", ORDERS)
 def test_deterministic(order: str) -> None:
     spec = (
         Spec(seq_len=20)

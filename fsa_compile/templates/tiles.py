@@ -129,8 +129,9 @@ def probabilities(scores, visible, shift, log_sum, scale):
 
 @triton.jit
 def log_or_none(row_sum):
-    """Natural logarithm of a row's sum; ``-inf`` for a row with no visible key."""
-    return tl.where(row_sum > 0, tl.log2(tl.where(row_sum > 0, row_sum, 1.0)) * LN2, float("-inf"))
+    """Natural logarithm of a row's sum; ``-inf`` for a row with no visible key, whose sum is 0."""
+    empty = row_sum == 0  # not what is NaN
+    return tl.where(empty, float("-inf"), tl.log2(tl.where(empty, 1.0, row_sum)) * LN2)
 
 
 @triton.jit
