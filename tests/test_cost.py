@@ -90,10 +90,10 @@ def test_the_kernels_tiles_are_the_ones_that_the_model_counts() -> None:
     device = Device("sm_90", "")
     for head_dim, block_size, itemsize in itertools.product((16, 80, 128, 256), (16, 64, 128, 256), (2, 4)):
         problem = at(head_dim=head_dim, block_size=block_size, itemsize=itemsize)
-        sizes = SelectedSizes.of(4, 4, 4, head_dim, 128, 16, block_size, itemsize)
+        sizes = SelectedSizes.of(4, 4, head_dim, 128, 16, block_size, itemsize)
         assert sizes.NUM_CHUNKS == problem.chunks
     for group in (1, 3, 16, 17, 64):
-        sizes = SelectedSizes.of(4, 4, group, 128, 128, 16, 64, 2)
+        sizes = SelectedSizes.of(4, group, 128, 128, 16, 64, 2)
         assert query_outer(sizes, device).tiles["BLOCK_G"] == at(gqa_group_size=group).query_rows
         assert heuristic(sizes, device).tiles["BLOCK_M"] == KV_OUTER_ROWS
 

@@ -190,19 +190,19 @@ def test_what_is_not_finite_reaches_only_the_rows_that_see_it(order: str, value:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_query_that_is_not_finite_is_one_rows_affair(order: str, value: float) -> None:
-    """Output and lse of the row are NaN, not those of a row without keys; others keep every bit."""
+    """Its output, lse and gradient are NaN, not those of a row without keys; others' keep every bit."""
     x = make_inputs(Spec(seq_len=40, blocks="local"), DEVICE)
     q = x.q.clone()
     q[:, 33, 1] = value
-    (out, lse), (clean, clean_lse) = (
-        in_order(order)(given, x.k, x.v, x.block_indices, block_size=16) for given in (q, x.q)
-    )
-    assert out[0, 33, 1].isnan().all()
-    assert lse[0, 33, 1].isnan()
-    others = torch.ones_like(lse, dtype=torch.bool)
+    found = []
+    for queries in (q.requires_grad_(), x.q.clone().requires_grad_()):
+        out, lse = in_order(order)(queries, x.k, x.v, x.block_indices, block_size=16)
+        found.append((out, lse, *torch.autograd.grad(out.sum(), queries)))
+    others = torch.ones_like(x.q[..., 0], dtype=torch.bool)
     others[0, 33, 1] = False
-    assert torch.equal(out[others], clean[others])
-    assert torch.equal(lse[others], clean_lse[others])
+    for spoiled, clean in zip(*found, strict=True):
+        assert spoiled[0, 33, 1].isnan().all()
+        assert torch.equal(spoiled[others], clean[others])
 
 
 @kernels

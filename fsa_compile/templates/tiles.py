@@ -124,7 +124,7 @@ def exp_scaled(scores, shift, scale):
 def probabilities(scores, visible, shift, log_sum, scale):
     """A row's softmax as its statistics have it; 0 where a key is not visible or a row sees none."""
     exponent = (scores - shift) * (scale * LOG2E) - log_sum * LOG2E
-    return tl.exp2(tl.where(visible & (log_sum > float("-inf")), exponent, float("-inf")))
+    return tl.exp2(tl.where(visible & (log_sum != float("-inf")), exponent, float("-inf")))
 
 
 @triton.jit

@@ -121,7 +121,7 @@ def plan(
     *seqs: Any, seq_len_k: Any, block_size: int, scale: float, first_head: int = 0,
 ) -> Plan:  # fmt: skip
     """out ``[B, T, HQ, DV]``, shift and log_sum ``[B, T, HQ]`` from what ``fwd_kv_outer`` left, and ``Agreed``."""
-    sizes = SelectedSizes.of_partials(partial_out, block_indices, block_size)
+    sizes = SelectedSizes.of_partials(partial_out, block_size)._replace(LISTED_HEADS=int(block_indices.shape[2]))
     batch, seq_len = block_indices.shape[:2]
     rows = (batch, seq_len, sizes.NUM_KV_HEADS * sizes.GROUP)
     num_rows = batch * seq_len * rows[2]
@@ -133,7 +133,7 @@ def plan(
             "partial_stats": Dense(partial_stats),
             "block_indices": Dense(block_indices),
             "agreed": Agreed(*agreed),
-            "first_head": sizes.first_head(first_head),
+            "first_head": None if sizes.NUM_KV_HEADS == sizes.LISTED_HEADS else first_head,
             "num_rows": num_rows,
             "seqs": sequences(block_indices, seq_len_k, seqs),
             "scale": scale,

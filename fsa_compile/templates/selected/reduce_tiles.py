@@ -53,7 +53,7 @@ def plan(tiles: Any, tile_offsets: Any, like: Any, *seqs: Any, block_size: int) 
     """grad ``[B, Tk, HK, D]``, as ``like`` (k or v), from float32 tiles ``[W, C, CHUNK_N, D]``."""
     batch, seq_len_k, num_kv_heads, dim = like.shape
     num_chunks, chunk_n = tiles.shape[1:3]
-    sizes = SelectedSizes.of(num_kv_heads, num_kv_heads, 1, dim, dim, 1, block_size, like.dtype.itemsize)
+    sizes = SelectedSizes.of(num_kv_heads, 1, dim, dim, 1, block_size, like.dtype.itemsize)
     sizes = sizes._replace(NUM_CHUNKS=int(num_chunks), CHUNK_N=int(chunk_n))
     runs = sequences(like, seq_len_k, seqs)
     return Plan(

@@ -57,15 +57,15 @@ class SelectedSizes(NamedTuple):
 
     @classmethod
     def of(
-        cls, num_kv_heads: Any, listed_heads: Any, group: Any, head_dim: Any, head_dim_v: Any, num_selected: Any,
-        block_size: int, itemsize: int,
+        cls, num_kv_heads: Any, group: Any, head_dim: Any, head_dim_v: Any, num_selected: Any, block_size: int,
+        itemsize: int,
     ) -> SelectedSizes:  # fmt: skip
-        """Derive the tiles' sizes."""
+        """Derive the tiles' sizes; all heads are listed."""
         block_n, chunk_n = (
             rule(block_size, int(head_dim), int(head_dim_v), itemsize) for rule in (selected_block_n, selected_chunk_n)
         )
         return cls(
-            int(num_kv_heads), int(listed_heads), int(group), int(head_dim), int(head_dim_v), int(num_selected),
+            int(num_kv_heads), int(num_kv_heads), int(group), int(head_dim), int(head_dim_v), int(num_selected),
             block_size, itemsize, padded(int(head_dim)), padded(int(head_dim_v)), block_n, chunk_n,
             block_size // chunk_n, ENTRIES_PER_TILE,
         )  # fmt: skip
@@ -74,26 +74,22 @@ class SelectedSizes(NamedTuple):
     def of_call(cls, q: Any, k: Any, v: Any, block_indices: Any, block_size: int) -> SelectedSizes:
         """Read the sizes off q, k, v ``[B, T, H, D]`` and block_indices ``[B, T, HK, S]``."""
         num_kv_heads = k.shape[2]
-        return cls.of(
-            num_kv_heads, block_indices.shape[2], q.shape[2] // num_kv_heads, q.shape[3], v.shape[3],
-            block_indices.shape[3], block_size, q.dtype.itemsize,
+        sizes = cls.of(
+            num_kv_heads, q.shape[2] // num_kv_heads, q.shape[3], v.shape[3], block_indices.shape[3], block_size,
+            q.dtype.itemsize,
         )  # fmt: skip
+        return sizes._replace(LISTED_HEADS=int(block_indices.shape[2]))
 
     @classmethod
-    def of_partials(cls, partial: Any, block_indices: Any, block_size: int) -> SelectedSizes:
-        """Read them off partials ``[B, T, HK, S, C, G, D]`` and block_indices; both head dims are D."""
+    def of_partials(cls, partial: Any, block_size: int) -> SelectedSizes:
+        """Read them off partials ``[B, T, HK, S, C, G, D]``; both head dims are D."""
         _, _, num_kv_heads, num_selected, num_chunks, group, dim = partial.shape
-        listed = block_indices.shape[2]
-        sizes = cls.of(num_kv_heads, listed, group, dim, dim, num_selected, block_size, partial.dtype.itemsize)
+        sizes = cls.of(num_kv_heads, group, dim, dim, num_selected, block_size, partial.dtype.itemsize)
         return sizes._replace(NUM_CHUNKS=int(num_chunks), CHUNK_N=block_size // int(num_chunks))
 
     def partials(self, batch: Any, seq_len: Any) -> tuple[Any, ...]:
         """Shape of the partials of a call, but for their last axis: ``(B, T, HK, S, C, G)``."""
         return batch, seq_len, self.NUM_KV_HEADS, self.NUM_SELECTED, self.NUM_CHUNKS, self.GROUP
-
-    def first_head(self, given: int) -> int | None:
-        """``given``, where the heads are a part of those listed."""
-        return None if self.NUM_KV_HEADS == self.LISTED_HEADS else given
 
     @property
     def widest(self) -> int:

@@ -57,7 +57,7 @@ def sum_partials_kernel(
 
 def plan(partial: Any, block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int) -> Plan:
     """out ``[B, T, HQ, D]`` from partials ``[B, T, HK, S, C, G, D]``."""
-    sizes = SelectedSizes.of_partials(partial, block_indices, block_size)
+    sizes = SelectedSizes.of_partials(partial, block_size)
     batch, seq_len = block_indices.shape[:2]
     num_q_heads = sizes.NUM_KV_HEADS * sizes.GROUP
     num_rows = batch * seq_len * num_q_heads
