@@ -207,6 +207,28 @@ def test_a_query_that_is_not_finite_is_one_rows_affair(order: str, value: float)
 
 @kernels
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["q", "grad_out"])
+def test_a_row_that_is_not_finite_leaves_later_keys_alone(order: str, value: float, which: str) -> None:
+    """Those of its own block that it does not see keep every bit of dk and dv; those that it sees are NaN."""
+    x = make_inputs(Spec(seq_len=40, blocks="local"), DEVICE)
+    grads = []
+    for spoiled in (True, False):
+        q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
+        grad_out = torch.ones(*q.shape[:3], v.shape[3], device=DEVICE)
+        if spoiled:
+            (q.data if which == "q" else grad_out)[:, 35] = value
+        out = in_order(order)(q, k, v, x.block_indices, block_size=16)[0]
+        grads.append(torch.autograd.grad(out, (k, v), grad_out))
+    for have, want in zip(*grads, strict=True):
+        assert torch.equal(have[:, 36:], want[:, 36:])
+        assert want[:, 32:].ne(0).any(-1).all()
+    assert grads[0][0][:, 32:36].isnan().all(), "dk"
+    assert not grads[0][1][:, 32:36].isfinite().any(), "dv"
+
+
+@kernels
+@pytest.mark.parametrize("order", ORDERS)
 def test_deterministic(order: str) -> None:
     spec = (
         Spec(seq_len=20)

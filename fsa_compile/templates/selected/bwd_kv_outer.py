@@ -16,7 +16,7 @@ from ...tiling import Config, Device
 from ..kernel import SEQUENCES, Dense, Kernel, Output, Plan, Strided, sequences
 from ..row_weights import gradient_of_scores, load_row_weights, weights_of, without_rows
 from ..sequences import Rows, Run, Sequences
-from ..tiles import accumulate, dot, finite_part, store_output, store_tile
+from ..tiles import accumulate, all_finite, dot, finite_part, store_output, store_tile
 from .fwd_kv_outer import grid
 from .lists import chunk_keys, list_rows, list_tile, load_chunk, load_entries, load_rows, tiles_that_hide
 from .sizes import LISTS, Lists, SelectedSizes, attention_inputs, spread, stages, warps
@@ -26,14 +26,15 @@ from .sizes import LISTS, Lists, SelectedSizes, attention_inputs, spread, stages
 def _rows_loop(
     grad_out: Rows, q: Rows, k, v, weights, lists: Lists, dq_partial, first, last, start, end, chunk, hk, keys,
     run: Run, seqs: Sequences, scale, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    HIDDEN: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add what the rows of tiles ``start`` to ``end`` of a list give; HIDDEN: some may not see all keys.
+    """Add what the rows of tiles ``start`` to ``end`` of a list give; HIDDEN: some may not see all keys. CAREFUL: rows
+    that are not finite leave keys that they do not see alone.
 
     Products have keys first, so that they take their operands as they lie; dq's too, as tensor cores take 64 rows.
     """
     COMPENSATED: tl.constexpr = SIZES.ITEMSIZE == 4
-    for m in range(start, end):
+    for m in tl.range(start, end, num_stages=STAGES):
         entry = load_entries(lists.entries, first, last, m, SIZES, BLOCK_M)
         valid, n, t, pos, g, partial = list_rows(entry, first, last, m, chunk, None, run, seqs, SIZES, BLOCK_M)
         q_rows = load_rows(q, run.b, hk, t, g, None, SIZES.GROUP, SIZES.HEAD_DIM, SIZES.BLOCK_D)
@@ -45,6 +46,10 @@ def _rows_loop(
         ds = gradient_of_scores(p, dot(v, tl.trans(grad_rows)), known, scale, COMPENSATED)
         if HIDDEN:
             visible = keys[:, None] <= pos[None, :]
+            if CAREFUL:
+                p += (known[2] * 0.0)[None, :]  # NaN with the row's gradient
+                q_rows = finite_part(q_rows)
+                grad_rows = finite_part(grad_rows)
             p = tl.where(visible, p, 0.0)
             ds = tl.where(visible, ds, 0.0)
         p = p.to(grad_rows.dtype)
@@ -86,12 +91,19 @@ def selected_bwd_kv_outer_kernel(
     dv_lost = tl.zeros([CHUNK_N, BLOCK_DV], tl.float32)
     dk, dk_lost, dv, dv_lost = _rows_loop(
         grad_out, q, k_chunk, v_chunk, weights, lists, dq_partial, first, last, 0, hidden, chunk, hk, keys, run, seqs,
-        scale, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, True,
+        scale, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, True, False, None,
     )  # fmt: skip
+    if not (all_finite(dk) & all_finite(dv)):
+        zero = tl.zeros([CHUNK_N, BLOCK_D], tl.float32)
+        zero_v = tl.zeros([CHUNK_N, BLOCK_DV], tl.float32)
+        dk, dk_lost, dv, dv_lost = _rows_loop(
+            grad_out, q, k_chunk, v_chunk, weights, lists, None, first, last, 0, hidden, chunk, hk, keys, run, seqs,
+            scale, zero, zero, zero_v, zero_v, SIZES, BLOCK_M, True, True, 1,
+        )  # fmt: skip
     dk, dk_lost, dv, dv_lost = _rows_loop(
         grad_out, q, k_chunk, v_chunk, weights, lists, dq_partial, first, last, hidden,
         tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M), chunk, hk, keys, run, seqs, scale, dk, dk_lost, dv, dv_lost,
-        SIZES, BLOCK_M, False,
+        SIZES, BLOCK_M, False, False, None,
     )  # fmt: skip
     if first < last:
         tile_rows = (w.to(tl.int64) * SIZES.NUM_CHUNKS + chunk) * SIZES.CHUNK_N + tl.arange(0, SIZES.CHUNK_N)
