@@ -12,8 +12,8 @@ from fsa_compile.cost import choice as choices
 
 
 @pytest.mark.parametrize("options", [{}, {"backward": True}])
-def test_cutting_a_call_costs_ends_and_copies(options: dict[str, bool]) -> None:
-    """As much as the workspace was measured to: one in eight, or a little more, on an H100 at 32K and 64K tokens."""
+def test_cutting_a_call_costs_ends_and_sums(options: dict[str, bool]) -> None:
+    """Less than it was measured to when results of parts were copied: one in eight, on an H100 at 32K and 64K tokens."""
     direction = "backward" if options else "forward"
 
     def parts(problem: Problem) -> float:
@@ -30,16 +30,15 @@ def test_cutting_a_call_costs_ends_and_copies(options: dict[str, bool]) -> None:
     largest = at(seq_len=16384, gqa_group_size=8)
     assert parts(largest) == 0
     assert costs(largest)[0] == costs(largest)[1]
-    assert parts(at(seq_len=16385, gqa_group_size=8)) > 2 * H200.launch_overhead
+    assert parts(at(seq_len=16385, gqa_group_size=8)) >= 2 * H200.launch_overhead
     for group, seq_len in ((8, 32768), (4, 65536), (16, 65536)):
         whole, cut = costs(at(gqa_group_size=group, seq_len=seq_len))
-        assert 1.02 < cut / whole < 1.2, (group, seq_len)
+        assert 1.01 < cut / whole < 1.15, (group, seq_len)
     # Forward, a batch row has one set of lists, backward each KV head that is a part by itself.
     more, fewer = (parts(at(gqa_group_size=group, seq_len=131072)) for group in (32, 16))
     if direction == "forward":
-        copied = 2 * 131072 * 4 * 16 * 128 * 2 / H200.dram_bandwidth
-        assert fewer == pytest.approx(copied + 15 * 2 * H200.launch_overhead)
-        assert more == pytest.approx(2 * copied + 31 * 2 * H200.launch_overhead)
+        assert fewer == pytest.approx(15 * 2 * H200.launch_overhead)
+        assert more == pytest.approx(31 * 2 * H200.launch_overhead)
     else:
         assert more > 2 * fewer
     row, rows = (parts(at(gqa_group_size=4, seq_len=131072, batch=batch)) for batch in (1, 3))

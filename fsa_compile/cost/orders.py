@@ -79,16 +79,17 @@ def _cut(width: Expr) -> tuple[Expr, Expr]:
 _of_d, _of_dv = _cut(D), _cut(DV)
 
 
-def _cutting(cut: tuple[Expr, Expr], width: Expr, launches: int, lists: Expr, tiles: Expr | int = 0) -> Pass:
+def _cutting(cut: tuple[Expr, Expr], launches: int, lists: Expr, tiles: Expr | int = 0) -> Pass:
     """What else it costs: launches, of a part's kernels and of ``lists`` beside the first, and bytes.
 
-    Each part of a group leaves its own ``tiles`` (bytes), which are added up.
+    Each part of a group leaves its own ``tiles`` (bytes), the first two of which are added where they are read.
     """
     parts, pairs = cut
+    of_group = parts / pairs
     return Pass(
         "parts",
-        "if partials exceed the workspace: lists for parts, and the results of parts copied together",
-        dram_bytes=Min(1, parts - 1) * 2 * tensor_bytes(_q_rows, width) + (parts / pairs - 1) * 4 * tiles,
+        "if partials exceed the workspace: lists for parts, and the tiles of parts of a group added up",
+        dram_bytes=(2 * (of_group - 1) + 3 * Max(0, of_group - 2)) * tiles,
         launches=(lists - 1) * _LISTS.launches + (parts - 1) * launches,
     )
 
@@ -193,7 +194,7 @@ _KV_OUTER_BACKWARD = (
         dram_bytes=tensor_bytes(P, D) + tensor_bytes(_q_rows, D),
     ),
     _TILE_SUM,
-    _cutting(_of_d, D, launches=4, lists=_of_d[1], tiles=_dkv_tiles),
+    _cutting(_of_d, launches=3, lists=_of_d[1], tiles=_dkv_tiles),
 )
 _kv_outer_forward_scratch = Max(
     _SORTED / Min(_of_dv[0], B), 4 * E / Min(_of_dv[0], B) + (tensor_bytes(P, DV) + 8 * P) / _of_dv[0]
@@ -234,7 +235,7 @@ ORDERS: dict[str, Order] = {
         backward_scratch=_SORTED + _dkv_tiles,
     ),
     "fsa": Order(
-        forward=(_LISTS, *_partials(), _cutting(_of_dv, DV, launches=2, lists=Min(_of_dv[0], B))),
+        forward=(_LISTS, *_partials(), _cutting(_of_dv, launches=2, lists=Min(_of_dv[0], B))),
         backward=_KV_OUTER_BACKWARD,
         forward_scratch=_kv_outer_forward_scratch,
         backward_scratch=_kv_outer_backward_scratch,
@@ -261,7 +262,7 @@ ORDERS: dict[str, Order] = {
             replace(_walk("agreed blocks", _agreed), kernel="query-tile"),
             replace(_LISTS, name="lists of the rest"),
             *_partials(1 - a, 1),
-            _cutting(_of_dv, DV, launches=2, lists=Min(_of_dv[0], B)),
+            _cutting(_of_dv, launches=2, lists=Min(_of_dv[0], B)),
         ),
         backward=_KV_OUTER_BACKWARD,
         forward_scratch=_kv_outer_forward_scratch + 12 * _tiles * S * 4 + 4 * E + tensor_bytes(_q_rows, DV),

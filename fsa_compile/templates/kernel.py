@@ -117,10 +117,17 @@ class Kernel:
         """Allocate and launch."""
         plan = self._watched_plan(*args, **kwargs)
         made = self.allocate(plan)
-        results = self._results(made)
-        if all(made[name].numel() for name in list(plan.outputs)[:1]):
-            self.launch(plan, made, self.config(plan.sizes, device_of(_like(plan).device)))
-        return results
+        self._launch_if_any(plan, made)
+        return self._results(made)
+
+    def into(self, results: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+        """Launch, with tensors that are there to take the plan's outputs."""
+        plan = self._watched_plan(*args, **kwargs)
+        self._launch_if_any(plan, dict(zip(plan.outputs, results, strict=True)))
+
+    def _launch_if_any(self, plan: Plan, outputs: dict[str, Tensor]) -> None:
+        if outputs[next(iter(plan.outputs))].numel():
+            self.launch(plan, outputs, self.config(plan.sizes, device_of(_like(plan).device)))
 
     def _watched_plan(self, *args: Any, **kwargs: Any) -> Plan:
         plan = self.plan(*args, **kwargs)

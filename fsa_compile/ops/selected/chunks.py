@@ -7,17 +7,19 @@ do not depend on each other, so that parts of them take turns in one workspace; 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ...templates.kernel import Kernel
 from ...tiling import WORKSPACE
 from ..problem import size_hint
 from ..rules import Runs
 
-__all__ = ["Chunk", "chunks", "dense", "joined"]
+__all__ = ["Chunk", "chunks", "dense", "joined", "results", "whole_of"]
 
 
 class Chunk(NamedTuple):
@@ -89,6 +91,29 @@ def _cut(x: Tensor, dim: int, part: slice) -> Tensor:
     if part == slice(None) or (part.start == 0 and part.stop == x.shape[dim]):
         return x
     return x.narrow(dim, part.start, part.stop - part.start)
+
+
+def whole_of(
+    cuts: list[list[list[Chunk]]], like: Tensor, *wanted: tuple[tuple[Any, ...], torch.dtype]
+) -> tuple[Tensor, ...] | None:
+    """Tensors that all parts write to, of the given shapes and dtypes; None if parts are to be ``joined``.
+
+    Fake ones are: Inductor fuses the copy into what reads them, and knows no result that an operator writes to.
+    """
+    if sum(len(heads) for cut in cuts for heads in cut) == 1 or isinstance(like, FakeTensor):
+        return None
+    return tuple(like.new_empty(shape, dtype=dtype) for shape, dtype in wanted)
+
+
+def results(
+    kernel: Kernel, whole: tuple[Tensor, ...] | None, place: Callable[[Tensor], Tensor], *inputs: Any, **options: Any
+) -> tuple[Tensor, ...]:
+    """The results of a part, or of none, if they are in their ``place`` in ``whole``."""
+    if whole is None:
+        found = getattr(torch.ops.fsa, f"_{kernel.name}")(*inputs, **options)
+        return found if isinstance(found, tuple) else (found,)
+    kernel.into([place(x) for x in whole], *inputs, **options, row_heads=int(whole[0].shape[2]))
+    return ()
 
 
 def joined(parts: Sequence[Sequence[Sequence[tuple[Tensor, ...]]]]) -> tuple[Tensor, ...]:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...templates.selected.merge_partials import MERGE_PARTIALS
+from ...templates.selected.reduce_tiles import REDUCE_TILES
+from ...templates.selected.sum_partials import SUM_PARTIALS
 from ...tiling import agreeing, union_tokens
 from ..options import Layout, Selected
 from ..rules import Rule, Runs, kernel_runs, register
 from . import block_lists as _block_lists  # noqa: F401  registers the operator
 from .choice import choose
-from .chunks import Chunk, chunks, dense, joined
+from .chunks import Chunk, chunks, dense, joined, results, whole_of
 
 _ops = torch.ops.fsa
 
@@ -53,16 +56,21 @@ def _kv_outer_forward(
         queries, keys, values = chunk.of_query_heads(q, group), chunk.of_kv_heads(k), chunk.of_kv_heads(v)
         partials = _ops._selected_fwd_kv_outer(queries, keys, values, blocks, *lists, *where, **sizes, **of)
         others = [chunk.of_query_heads(x, group) for x in more] or (None,) * 3
-        return _ops._merge_partials(*partials, blocks, *others, *where, **blocks_of, scale=sizes["scale"], **of)
+        merged = (*partials, blocks, *others, *where)
+        place = partial(chunk.of_query_heads, whole_group=group)
+        return results(MERGE_PARTIALS, whole, place, *merged, **blocks_of, scale=sizes["scale"], **of)
 
     blocks_of = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
     group = q.shape[2] // k.shape[2]
+    cuts = chunks(q, k, v.shape[3], block_indices.shape[3])
+    rows = tuple(q.shape[:3])
+    whole = whole_of(cuts, q, ((*rows, v.shape[3]), q.dtype), (rows, torch.float32), (rows, torch.float32))
     parts = []
-    for cut in chunks(q, k, v.shape[3], block_indices.shape[3]):
+    for cut in cuts:
         where, blocks = cut[0][0].of_runs(runs), dense(cut[0][0].of_rows(block_indices), block_indices)
         lists = _ops._block_lists(blocks, *where, **blocks_of)
         parts.append([[part(chunk, where, blocks, lists) for chunk in heads] for heads in cut])
-    out, shift, log_sum = joined(parts)
+    out, shift, log_sum = joined(parts) if whole is None else whole
     return out, shift, log_sum
 
 
@@ -101,15 +109,6 @@ def _tile_dq(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any]) -> Te
     return _ops._selected_bwd_union(grad_out, q, k, v, *statistics, *unions, *runs, **tile, scale=sizes["scale"])
 
 
-def _key_value_gradients(
-    tiles: list[Tensor], tile_offsets: Tensor, k: Tensor, v: Tensor, runs: Runs, block_size: int
-) -> tuple[Tensor, ...]:
-    return tuple(
-        _ops._reduce_tiles(part, tile_offsets, x, *runs, block_size=block_size)
-        for part, x in zip(tiles, (k, v), strict=True)
-    )
-
-
 def _backward(
     known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, Any], *, dq_by: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +118,8 @@ def _backward(
     lists = _ops._block_lists(block_indices, *runs, seq_len_k=k.shape[1], block_size=sizes["block_size"])
     weights = _ops._row_weights(shift, log_sum, delta, scale=sizes["scale"], compensated=q.dtype == torch.float32)
     *tiles, _ = _ops._selected_bwd_kv_outer(*tensors, weights, *lists, *runs, **sizes, with_dq=False)
-    dk, dv = _key_value_gradients(tiles, lists[2], k, v, runs, sizes["block_size"])
+    of_blocks = {"block_size": sizes["block_size"]}
+    dk, dv = (_ops._reduce_tiles(x, None, lists[2], y, *runs, **of_blocks) for x, y in zip(tiles, (k, v), strict=True))
     return dq_by(known, runs, sizes), dk, dv
 
 
@@ -130,7 +130,11 @@ def _kv_outer_backward(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, A
     blocks_of = {"seq_len_k": k.shape[1], "block_size": sizes["block_size"]}
     group = q.shape[2] // k.shape[2]
 
-    def part(heads: list[Chunk]) -> tuple[list[tuple[Tensor]], tuple[Tensor, ...]]:
+    cuts = chunks(q, k, q.shape[3], block_indices.shape[3])
+    whole_dq = whole_of(cuts, q, (tuple(q.shape), q.dtype))
+    whole_kv = whole_of(cuts, q, (tuple(k.shape), k.dtype), (tuple(v.shape), v.dtype))
+
+    def part(heads: list[Chunk]) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """dq of each of the parts of a group, and dk and dv, which are sums over all of it.
 
         Lists are made for each: the kernel has no registers left for a part of longer ones.
@@ -139,21 +143,30 @@ def _kv_outer_backward(known: tuple[Tensor, ...], runs: Runs, sizes: dict[str, A
         blocks = dense(heads[0].of_kv_heads(block_indices), block_indices)
         lists = _ops._block_lists(blocks, *where, **blocks_of)
         keys, values = heads[0].of_kv_heads(k), heads[0].of_kv_heads(v)
-        dq: list[tuple[Tensor]] = []
-        sums: list[Tensor] = []
+        dq: list[tuple[Tensor, ...]] = []
+        tiles: list[list[Tensor]] = []
         for chunk in heads:
             grads, queries = (chunk.of_query_heads(x, group) for x in (grad_out, q))
             rows = dense(chunk.of_query_heads(weights, group), weights)
             given = (grads, queries, keys, values, blocks, rows, *lists, *where)
-            *tiles, partials = _ops._selected_bwd_kv_outer(*given, **sizes, with_dq=True)
-            dq.append((_ops._sum_partials(partials, blocks, *where, **blocks_of),))
+            *found, partials = _ops._selected_bwd_kv_outer(*given, **sizes, with_dq=True)
+            place = partial(chunk.of_query_heads, whole_group=group)
+            dq.append(results(SUM_PARTIALS, whole_dq, place, partials, blocks, *where, **blocks_of))
             del partials  # the next take their place
-            sums = [a + b for a, b in zip(sums, tiles, strict=True)] if sums else tiles
-        return dq, _key_value_gradients(sums, lists[2], keys, values, where, sizes["block_size"])
+            if len(tiles) == 2:  # the last two are added where they are read
+                tiles = [[a + b for a, b in zip(*tiles, strict=True)]]
+            tiles.append(found)
+        dkv: tuple[Tensor, ...] = ()
+        for i, x in enumerate((keys, values)):
+            first, more = tiles[0][i], tiles[1][i] if len(tiles) > 1 else None
+            whole = None if whole_kv is None else whole_kv[i : i + 1]
+            summed = (first, more, lists[2], x, *where)
+            dkv += results(REDUCE_TILES, whole, heads[0].of_kv_heads, *summed, block_size=sizes["block_size"])
+        return dq, dkv
 
-    parts = [[part(heads) for heads in cut] for cut in chunks(q, k, q.shape[3], block_indices.shape[3])]
-    (dq,) = joined([[found for found, _ in rows] for rows in parts])
-    dk, dv = joined([[[grads] for _, grads in rows] for rows in parts])
+    parts = [[part(heads) for heads in cut] for cut in cuts]
+    (dq,) = whole_dq or joined([[found for found, _ in rows] for rows in parts])
+    dk, dv = whole_kv or joined([[[grads] for _, grads in rows] for rows in parts])
     return dq, dk, dv
 
 

@@ -99,7 +99,7 @@ def merge_partials_tile(
 
 @triton.jit
 def merge_partials_kernel(
-    partial_out, partial_stats, block_indices, agreed: Agreed, first_head, out, shift, log_sum, num_rows,
+    partial_out, partial_stats, block_indices, agreed: Agreed, first_head, row_heads, out, shift, log_sum, num_rows,
     seqs: Sequences, scale, SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -108,19 +108,23 @@ def merge_partials_kernel(
         partial_out, partial_stats, block_indices, agreed, exists, pos, ids, slots, g, b, t, h, scale, SIZES,
         BLOCK_R, BLOCK_S,
     )  # fmt: skip
-    tl.store(shift + rows, row_shift, mask=rows < num_rows)
-    tl.store(log_sum + rows, row_log_sum, mask=rows < num_rows)
+    place = (b.to(tl.int64) * seqs.seq_len + t) * row_heads + h
+    tl.store(shift + place, row_shift, mask=rows < num_rows)
+    tl.store(log_sum + place, row_log_sum, mask=rows < num_rows)
     BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
     cols, mask = columns(rows < num_rows, SIZES.HEAD_DIM_V, BLOCK_DV)
-    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM_V)
+    strides = dense_strides(seqs.seq_len, row_heads, SIZES.HEAD_DIM_V)
     store_output(out, (b[:, None], t[:, None], h[:, None], cols), strides, value, mask, (BLOCK_R, BLOCK_DV))
 
 
 def plan(
     partial_out: Any, partial_stats: Any, block_indices: Any, more_out: Any, more_shift: Any, more_log_sum: Any,
-    *seqs: Any, seq_len_k: Any, block_size: int, scale: float, first_head: int = 0,
+    *seqs: Any, seq_len_k: Any, block_size: int, scale: float, first_head: int = 0, row_heads: int = 0,
 ) -> Plan:  # fmt: skip
-    """out ``[B, T, HQ, DV]``, shift and log_sum ``[B, T, HQ]`` from what ``fwd_kv_outer`` left, and ``Agreed``."""
+    """out ``[B, T, HQ, DV]``, shift and log_sum ``[B, T, HQ]`` from what ``fwd_kv_outer`` left, and ``Agreed``.
+
+    row_heads: of the tensors that they are views of some heads of, or 0.
+    """
     sizes = SelectedSizes.of_partials(partial_out, block_size)._replace(LISTED_HEADS=int(block_indices.shape[2]))
     batch, seq_len = block_indices.shape[:2]
     rows = (batch, seq_len, sizes.NUM_KV_HEADS * sizes.GROUP)
@@ -134,6 +138,7 @@ def plan(
             "block_indices": Dense(block_indices),
             "agreed": Agreed(*agreed),
             "first_head": None if sizes.NUM_KV_HEADS == sizes.LISTED_HEADS else first_head,
+            "row_heads": row_heads or rows[2],
             "num_rows": num_rows,
             "seqs": sequences(block_indices, seq_len_k, seqs),
             "scale": scale,

@@ -1,4 +1,7 @@
-"""Backward, last step: dk or dv of a block is the sum of the tiles of its list, added in list order."""
+"""Backward, last step: dk or dv of a block is the sum of the tiles of its list, added in list order.
+
+Of a group of which some heads came after the others, each list has a second set of tiles.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ AT_ONCE = tl.constexpr(4)
 
 @triton.jit
 def reduce_tiles_tile(
-    tiles, tile_offsets, block_list, first, exists, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
+    tiles, more, tile_offsets, block_list, first, exists, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """The sums of BLOCK_R rows, from ``first`` on, of a list's tiles: float32 ``[BLOCK_R, BLOCK_D]``."""
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
@@ -30,34 +33,51 @@ def reduce_tiles_tile(
     for w in range(tl.load(tile_offsets + block_list), end, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             there = exists & (w + i < end)
-            total += load_tile(tiles, (rows + (w + i) * ROWS) * SIZES.HEAD_DIM, there, SIZES.HEAD_DIM, BLOCK_D)
+            place = (rows + (w + i) * ROWS) * SIZES.HEAD_DIM
+            value = load_tile(tiles, place, there, SIZES.HEAD_DIM, BLOCK_D)
+            if more is not None:
+                value += load_tile(more, place, there, SIZES.HEAD_DIM, BLOCK_D)
+            total += value
     return total
 
 
 @triton.jit
-def reduce_tiles_kernel(tiles, tile_offsets, grad, seqs: Sequences, SIZES: tl.constexpr, BLOCK_R: tl.constexpr):
+def reduce_tiles_kernel(
+    tiles, more, tile_offsets, row_heads, grad, seqs: Sequences, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
     hk = tl.program_id(1)
     first = tl.program_id(2) * BLOCK_R
     run, block, num_rows = run_of_block(seqs, tl.program_id(0), SIZES.BLOCK_SIZE)
     key = block * SIZES.BLOCK_SIZE + first + tl.arange(0, BLOCK_R)
     block_list = hk * tl.num_programs(0) + tl.program_id(0)
-    total = reduce_tiles_tile(tiles, tile_offsets, block_list, first, key < run.num_keys, SIZES, BLOCK_R)
+    total = reduce_tiles_tile(tiles, more, tile_offsets, block_list, first, key < run.num_keys, SIZES, BLOCK_R)
     t = (run.first_key + key) % seqs.seq_len_k
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
     cols, mask = columns(key < num_rows, SIZES.HEAD_DIM, BLOCK_D)
-    strides = dense_strides(seqs.seq_len_k, SIZES.NUM_KV_HEADS, SIZES.HEAD_DIM)
+    strides = dense_strides(seqs.seq_len_k, row_heads, SIZES.HEAD_DIM)
     store_output(grad, (run.b, t[:, None], hk, cols), strides, total, mask, (BLOCK_R, BLOCK_D))
 
 
-def plan(tiles: Any, tile_offsets: Any, like: Any, *seqs: Any, block_size: int) -> Plan:
-    """grad ``[B, Tk, HK, D]``, as ``like`` (k or v), from float32 tiles ``[W, C, CHUNK_N, D]``."""
+def plan(
+    tiles: Any, more: Any, tile_offsets: Any, like: Any, *seqs: Any, block_size: int, row_heads: int = 0
+) -> Plan:  # fmt: skip
+    """grad ``[B, Tk, HK, D]``, as ``like`` (k or v), from float32 tiles ``[W, C, CHUNK_N, D]``, once or twice.
+
+    row_heads: of the tensor that it is a view of some heads of, or 0.
+    """
     batch, seq_len_k, num_kv_heads, dim = like.shape
     num_chunks, chunk_n = tiles.shape[1:3]
     sizes = SelectedSizes.of(num_kv_heads, 1, dim, dim, 1, block_size, like.dtype.itemsize)
     sizes = sizes._replace(NUM_CHUNKS=int(num_chunks), CHUNK_N=int(chunk_n))
     runs = sequences(like, seq_len_k, seqs)
     return Plan(
-        {"tiles": Dense(tiles), "tile_offsets": Dense(tile_offsets), "seqs": runs},
+        {
+            "tiles": Dense(tiles),
+            "more": None if more is None else Dense(more),
+            "tile_offsets": Dense(tile_offsets),
+            "row_heads": row_heads or num_kv_heads,
+            "seqs": runs,
+        },
         {"grad": Output(tuple(like.shape), like.dtype)},
         sizes,
         (batch, seq_len_k, runs.num_seqs, runs.cu_seqlens_q is not None, block_size, num_kv_heads),
@@ -85,6 +105,7 @@ def candidates(sizes: SelectedSizes, device: Device) -> list[Config]:
 REDUCE_TILES = Kernel(
     reduce_tiles_kernel,
     # `like` is k or v: only its shape and dtype are used.
-    f"_reduce_tiles(Tensor tiles, Tensor tile_offsets, Tensor like, {SEQUENCES}, *, int block_size) -> Tensor",
+    f"_reduce_tiles(Tensor tiles, Tensor? more, Tensor tile_offsets, Tensor like, {SEQUENCES}, *, int block_size) "
+    "-> Tensor",
     plan, grid, heuristic, candidates,
 )  # fmt: skip

@@ -44,19 +44,24 @@ def sum_partials_tile(
 
 @triton.jit
 def sum_partials_kernel(
-    partial, block_indices, out, num_rows, seqs: Sequences, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
+    partial, block_indices, row_heads, out, num_rows, seqs: Sequences, SIZES: tl.constexpr, BLOCK_R: tl.constexpr
 ):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     exists, pos, _, slots, g, b, t, h = partial_slots(rows, num_rows, None, seqs, SIZES)
     total = sum_partials_tile(partial, block_indices, exists, pos, slots, g, SIZES, BLOCK_R)
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
     cols, mask = columns(rows < num_rows, SIZES.HEAD_DIM, BLOCK_D)
-    strides = dense_strides(seqs.seq_len, SIZES.NUM_KV_HEADS * SIZES.GROUP, SIZES.HEAD_DIM)
+    strides = dense_strides(seqs.seq_len, row_heads, SIZES.HEAD_DIM)
     store_output(out, (b[:, None], t[:, None], h[:, None], cols), strides, total, mask, (BLOCK_R, BLOCK_D))
 
 
-def plan(partial: Any, block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int) -> Plan:
-    """out ``[B, T, HQ, D]`` from partials ``[B, T, HK, S, C, G, D]``."""
+def plan(
+    partial: Any, block_indices: Any, *seqs: Any, seq_len_k: Any, block_size: int, row_heads: int = 0
+) -> Plan:  # fmt: skip
+    """out ``[B, T, HQ, D]`` from partials ``[B, T, HK, S, C, G, D]``.
+
+    row_heads: of the tensor that it is a view of some heads of, or 0.
+    """
     sizes = SelectedSizes.of_partials(partial, block_size)
     batch, seq_len = block_indices.shape[:2]
     num_q_heads = sizes.NUM_KV_HEADS * sizes.GROUP
@@ -65,6 +70,7 @@ def plan(partial: Any, block_indices: Any, *seqs: Any, seq_len_k: Any, block_siz
         {
             "partial": Dense(partial),
             "block_indices": Dense(block_indices),
+            "row_heads": row_heads or num_q_heads,
             "num_rows": num_rows,
             "seqs": sequences(block_indices, seq_len_k, seqs),
         },
