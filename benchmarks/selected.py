@@ -80,9 +80,9 @@ class Problem:
 
     def choices(self, what: str, order: str, *, compiled: bool) -> list[cost.Choice]:
         """Of a pass: those of a step's two directions, which have the lists in common where they are compiled."""
-        forward = {"training": compiled and what == "step"}
-        flags = {"forward": [forward], "backward": [{"backward": True}], "step": [forward, {"backward": True}]}[what]
-        return [cost.choose(self.problem, self.device, order, **one) for one in flags]
+        forward, backward = {"training": compiled and what == "step"}, {"backward": True}
+        flags = {"forward": [forward], "backward": [backward], "step": [forward, backward]}[what]
+        return [cost.choose(self.problem, self.device, order, eager=not compiled, **one) for one in flags]
 
     def exact(self, q: Tensor, k: Tensor, v: Tensor, _: Any, rows: Tensor) -> Tensor:
         """Of the rows that are checked."""

@@ -41,6 +41,28 @@ def seconds(problem: Problem, order: str, device: Device = H200, **options: bool
     return choose(problem, device, order, **options).costs[order]
 
 
+def test_an_eager_call_with_little_to_do_waits_for_the_host() -> None:
+    """One kernel instead of two at 256 tokens; what makes the device wait decides between those that launch as many."""
+    device = DEVICES["H100"]
+    short = at(seq_len=256)
+    assert choose(short, device).order == "tile"
+    eager = choose(short, device, eager=True)
+    assert eager.order == "nsa"
+    assert eager.costs["tile"] == 2 * eager.costs["nsa"] == pytest.approx(2 * 25e-6)
+    assert (
+        choose(short, device, backward=True).order == "tile" != choose(short, device, backward=True, eager=True).order
+    )
+    tied = {"nsa", "fsa"}
+    backward = choose(at(seq_len=1024, gqa_group_size=1), device, backward=True, eager=True)
+    assert len({backward.costs[order] for order in tied}) == 1
+    assert backward.order == "fsa" == choose(at(seq_len=1024, gqa_group_size=1), device, backward=True).order
+    for seq_len in (4096, 65536):
+        for backward_too in (False, True):
+            flags = {"backward": backward_too}
+            problem = at(seq_len=seq_len)
+            assert choose(problem, device, eager=True, **flags).order == choose(problem, device, **flags).order
+
+
 # --------------------------------------------------------------------------- what was measured, see test_cost_measured
 
 

@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from ..tiling import ENTRIES_PER_TILE, WORKSPACE
-from .device import DEVICES, Device
+from .device import DEVICES, HOST_LAUNCH, Device
 from .problem import KV_OUTER_ROWS, LOOP_ORDERS, Problem
 
 # A loop order whose temporaries exceed this share of the device's memory is not chosen by itself: slow beats failing.
@@ -77,19 +77,20 @@ def _resolved(symbols: list[Any], definitions: dict[Any, Any]) -> list[Any]:
 
 @cache
 def _totals() -> _Values:
-    """By loop order and stage: seconds and bytes of temporaries."""
+    """By loop order and stage: seconds, bytes of temporaries and launches."""
     from .orders import ORDERS, STAGES
 
-    return _compile([[(ORDERS[o].seconds(stage), ORDERS[o].scratch(stage)) for stage in STAGES] for o in LOOP_ORDERS])
+    orders = [ORDERS[o] for o in LOOP_ORDERS]
+    return _compile([[(o.seconds(stage), o.scratch(stage), o.launches(stage)) for stage in STAGES] for o in orders])
 
 
-def _evaluated(problem: Problem, device: Device, stage: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds, and bytes of temporaries, by loop order."""
+def _evaluated(problem: Problem, device: Device, stage: str) -> tuple[dict[str, float], ...]:
+    """Seconds, bytes of temporaries and launches, by loop order."""
     from .orders import STAGES
 
     values = _totals()(*_arguments(problem, device))
     rows = {o: by_stage[STAGES.index(stage)] for o, by_stage in zip(LOOP_ORDERS, values, strict=True)}
-    return {o: float(seconds) for o, (seconds, _) in rows.items()}, {o: float(b) for o, (_, b) in rows.items()}
+    return tuple({o: float(row[i]) for o, row in rows.items()} for i in range(3))
 
 
 def seconds(problem: Problem, device: Device) -> dict[tuple[str, str], float]:
@@ -176,8 +177,9 @@ def format_seconds(seconds: float) -> str:
 
 @lru_cache(maxsize=4096)
 def choose(
-    problem: Problem, device: Device, loop_order: str = "auto", *, training: bool = False, backward: bool = False
-) -> Choice:
+    problem: Problem, device: Device, loop_order: str = "auto", *, training: bool = False, backward: bool = False,
+    eager: bool = False,
+) -> Choice:  # fmt: skip
     """The loop order for one direction of a selected-attention call; the other direction has its own.
 
     Args:
@@ -187,6 +189,7 @@ def choose(
         training: of a forward whose backward follows in the same graph: its cost without the passes that every order's
             backward has too, the lists, as these are made once.
         backward: of a backward, lists included; excludes ``training``.
+        eager: of a call that the host launches kernel by kernel, which takes no less than ``HOST_LAUNCH`` for each.
 
     Where the device has one path only it is that, and ``loop_order`` makes no difference. Otherwise it is the one with
     the lowest cost among those whose temporaries take at most half of the device's memory, or of all if none does.
@@ -200,8 +203,9 @@ def choose(
     stage = "trained forward" if training else "backward" if backward else "forward"
     from .orders import ORDERS
 
-    seconds, scratch = _evaluated(problem, device, stage)
-    costs = {order: seconds[order] for order in ORDERS}
+    seconds, scratch, launches = _evaluated(problem, device, stage)
+    host = HOST_LAUNCH if eager else 0.0
+    costs = {order: max(seconds[order], host * launches[order]) for order in ORDERS}
     scope = "forward of a training step" if training else stage
 
     def versus(order: str) -> str:
@@ -223,10 +227,14 @@ def choose(
     if loop_order != "auto":
         return Choice(loop_order, costs, f'loop_order="{loop_order}" was asked for; {versus(loop_order)}')
 
-    best = min(costs, key=costs.__getitem__)
+    def cheapest(orders: Iterable[str]) -> str:
+        """Where all wait for the host, the one that leaves the device the most time."""
+        return min(orders, key=lambda order: (costs[order], seconds[order]))
+
+    best = cheapest(costs)
     fitting = [order for order in costs if scratch[order] <= SCRATCH_SHARE * device.memory]
     if fitting and best not in fitting:
-        instead = min(fitting, key=costs.__getitem__)
+        instead = cheapest(fitting)
         return Choice(
             instead,
             costs,

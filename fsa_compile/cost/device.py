@@ -27,6 +27,10 @@ EFFICIENCY: dict[str, float] = {
 }
 
 
+# Seconds that the host needs to launch a kernel eagerly, at least. With little to do, the device waits for it.
+HOST_LAUNCH = 25e-6
+
+
 @dataclass(frozen=True)
 class Device:
     """Rates of one device. Bytes, seconds, operations per second (a multiply-add is two)."""
@@ -37,7 +41,7 @@ class Device:
     dram_bandwidth: float  # B/s, reached by a streaming kernel
     l2_bandwidth: float  # B/s, reached by a kernel that gathers K/V blocks
     sort_rate: float  # entries/s that are sorted by block, the small kernels around the sort included
-    launch_overhead: float  # s per kernel, the host's share included
+    launch_overhead: float  # s per kernel, on the device; `HOST_LAUNCH` is the host's
     num_sms: int  # multiprocessors (compute units, cores)
     memory: float  # B
     kind: str = "cuda"  # "cuda" (ROCm too) or "cpu"

@@ -34,6 +34,10 @@ class Order:
         """Of one of ``STAGES``, in the symbols of ``MEANING``."""
         return sum((p.time() for p in self.passes(stage)), Integer(0))
 
+    def launches(self, stage: str) -> Expr:
+        """Kernels, of one of ``STAGES``."""
+        return sum((p.launches for p in self.passes(stage)), Integer(0))
+
     def scratch(self, stage: str) -> Expr:
         """Bytes, of one of ``STAGES``. A trained forward's lists take memory, whoever they are made for."""
         return self.backward_scratch if stage == "backward" else self.forward_scratch

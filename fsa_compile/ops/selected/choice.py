@@ -10,8 +10,11 @@ from ..problem import device_of, problem_of
 __all__ = ["choose"]
 
 
-def choose(arguments: dict[str, Any], *, training: bool = False, backward: bool = False) -> cost.Choice:
+def choose(
+    arguments: dict[str, Any], *, training: bool = False, backward: bool = False, eager: bool = False
+) -> cost.Choice:
     """The cost model's order for one direction of a call; ``cost.choose`` says what the flags mean."""
     q, k, v, block_indices = (arguments[name] for name in ("q", "k", "v", "block_indices"))
     problem = problem_of(q, k, v, block_indices, arguments["block_size"])
-    return cost.choose(problem, device_of(q), arguments["loop_order"], training=training, backward=backward)
+    flags = {"training": training, "backward": backward, "eager": eager}
+    return cost.choose(problem, device_of(q), arguments["loop_order"], **flags)

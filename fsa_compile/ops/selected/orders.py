@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...templates.selected.merge_partials import MERGE_PARTIALS
 from ...templates.selected.reduce_tiles import REDUCE_TILES
@@ -36,7 +37,7 @@ def _order(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: Sele
     if options.loop_order != "auto":
         return options.loop_order
     tensors = {"q": q, "k": k, "v": v, "block_indices": block_indices}
-    return choose(tensors | options._asdict(), backward=backward).order
+    return choose(tensors | options._asdict(), backward=backward, eager=not isinstance(q, FakeTensor)).order
 
 
 def _query_outer_forward(
