@@ -13,7 +13,7 @@ from fsa_compile.cost import choice as choices
 
 @pytest.mark.parametrize("options", [{}, {"backward": True}])
 def test_cutting_a_call_costs_ends_and_sums(options: dict[str, bool]) -> None:
-    """Less than it was measured to when results of parts were copied: one in eight, on an H100 at 32K and 64K tokens."""
+    """Less than it was measured to when results of parts were copied: one in eight, H100, 32K and 64K tokens."""
     direction = "backward" if options else "forward"
 
     def parts(problem: Problem) -> float:
