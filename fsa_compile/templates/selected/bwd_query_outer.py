@@ -16,7 +16,7 @@ from ..kernel import SEQUENCES, Kernel, Output, Plan, sequences
 from ..sequences import Rows, Sequences, run_of_row
 from ..tiles import Statistics, columns, dense_strides, dot, load_statistics, probabilities, store_output
 from . import fwd_query_outer
-from .fwd_query_outer import candidates, grid, key_tile, load_keys
+from .fwd_query_outer import candidates, grid, key_tile
 from .lists import load_rows
 from .sizes import BACKWARD, SelectedSizes, attention_inputs, backward_inputs
 
@@ -44,10 +44,7 @@ def selected_bwd_query_outer_tile(
     BLOCK_D: tl.constexpr = SIZES.BLOCK_D
     dq = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for i in range(SIZES.NUM_SELECTED * (SIZES.BLOCK_SIZE // SIZES.BLOCK_N)):
-        start, visible = key_tile(block_indices, slots, i, pos, SIZES)
-        first = run.first_key + start
-        k_tile = load_keys(k, run.b, hk, first, visible, SIZES.BLOCK_N, SIZES.HEAD_DIM, SIZES.BLOCK_D)
-        v_tile = load_keys(v, run.b, hk, first, visible, SIZES.BLOCK_N, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+        visible, k_tile, v_tile = key_tile(k, v, block_indices, slots, i, run, hk, pos, SIZES)
         scores = dot(q_rows, tl.trans(k_tile))
         p = probabilities(scores, visible[None, :], shift[:, None], log_sum[:, None], scale)  # [BLOCK_G, BLOCK_N]
         ds = p * (dot(grad_rows, tl.trans(v_tile)) - delta[:, None])

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...tiling import Config, Device, next_power_of_2
 from ..kernel import SEQUENCES, Kernel, Output, Plan, sequences
-from ..sequences import Rows, Sequences, run_of_row
+from ..sequences import Rows, Run, Sequences, run_of_row
 from ..tiles import (
     columns,
     dense_strides,
@@ -27,20 +27,23 @@ from .sizes import SelectedSizes, attention_inputs, spread, stages, warps
 
 
 @triton.jit
-def key_tile(block_indices, slots, i, pos, SIZES: tl.constexpr):
-    """The ``i``-th key tile of a row's blocks: its first position, and which keys the row sees."""
-    TILES: tl.constexpr = SIZES.BLOCK_SIZE // SIZES.BLOCK_N
-    block = tl.load(block_indices + slots + i // TILES)
-    seen = is_visible(block, pos, SIZES.BLOCK_SIZE)
-    start = tl.where(seen, block, 0) * SIZES.BLOCK_SIZE + (i % TILES) * SIZES.BLOCK_N
-    return start, start + tl.arange(0, SIZES.BLOCK_N) <= tl.where(seen, pos, -1)
-
-
-@triton.jit
 def load_keys(x: Rows, b, hk, row, visible, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     """BLOCK_N rows of k or v from key row ``row`` on, those that are visible."""  # [BLOCK_N, BLOCK_W]
     base = x.ptr + b.to(tl.int64) * x.strides[0] + hk.to(tl.int64) * x.strides[2] + row.to(tl.int64) * x.strides[1]
     return load_tile(base, tl.arange(0, BLOCK_N) * x.strides[1], visible, WIDTH, BLOCK_W)
+
+
+@triton.jit
+def key_tile(k: Rows, v: Rows, block_indices, slots, i, run: Run, hk, pos, SIZES: tl.constexpr):
+    """The ``i``-th key tile of a row's blocks: which keys the row sees ``[BLOCK_N]``, and their rows of k and of v."""
+    TILES: tl.constexpr = SIZES.BLOCK_SIZE // SIZES.BLOCK_N
+    block = tl.load(block_indices + slots + i // TILES)
+    seen = is_visible(block, pos, SIZES.BLOCK_SIZE)
+    start = tl.where(seen, block, 0) * SIZES.BLOCK_SIZE + (i % TILES) * SIZES.BLOCK_N
+    visible = start + tl.arange(0, SIZES.BLOCK_N) <= tl.where(seen, pos, -1)
+    row = run.first_key + start
+    k_tile = load_keys(k, run.b, hk, row, visible, SIZES.BLOCK_N, SIZES.HEAD_DIM, SIZES.BLOCK_D)
+    return visible, k_tile, load_keys(v, run.b, hk, row, visible, SIZES.BLOCK_N, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
 
 
 @triton.jit
@@ -65,10 +68,7 @@ def selected_fwd_query_outer_tile(
     acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     # One flat loop over key tiles, masked rather than branched, so that Triton can pipeline the loads.
     for i in range(SIZES.NUM_SELECTED * (SIZES.BLOCK_SIZE // SIZES.BLOCK_N)):
-        start, visible = key_tile(block_indices, slots, i, pos, SIZES)
-        row = run.first_key + start
-        k_tile = load_keys(k, run.b, hk, row, visible, SIZES.BLOCK_N, SIZES.HEAD_DIM, SIZES.BLOCK_D)
-        v_tile = load_keys(v, run.b, hk, row, visible, SIZES.BLOCK_N, SIZES.HEAD_DIM_V, SIZES.BLOCK_DV)
+        visible, k_tile, v_tile = key_tile(k, v, block_indices, slots, i, run, hk, pos, SIZES)
         scores = tl.where(visible[None, :], dot(rows, tl.trans(k_tile)), float("-inf"))  # [BLOCK_G, BLOCK_N]
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         shift = finite_max(new_max)
