@@ -114,6 +114,24 @@ def combine_whole_arrays() -> None:
     interpreter.ScanOps.generic_scan = scan
 
 
+def ask_for_masks_of_one_bit() -> None:
+    """Refuse, as Triton 3.9's interpreter does, masks of numbers: what it makes of a block and a scalar condition."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *options: Any, **named: Any) -> Any:
+        assert mask.data.dtype == bool, mask.data.dtype
+        return load(self, ptrs, mask, *options, **named)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *options: Any, **named: Any) -> Any:
+        assert mask.data.dtype == bool, mask.data.dtype
+        return store(self, ptrs, value, mask, *options, **named)
+
+    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+
+
 def round_sums_once(patch: pytest.MonkeyPatch) -> None:
     """Make the interpreter's matrix products sums in float64, rounded once, which do not depend on an order."""
     from triton.runtime import interpreter
@@ -130,3 +148,4 @@ if INTERPRETED:
     work_out_nothing_twice()
     remember_types()
     combine_whole_arrays()
+    ask_for_masks_of_one_bit()

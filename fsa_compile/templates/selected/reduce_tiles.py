@@ -30,9 +30,10 @@ def reduce_tiles_tile(
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     rows = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
     end = tl.load(tile_offsets + block_list + 1)
+    ends = tl.where(exists, end, 0)
     for w in range(tl.load(tile_offsets + block_list), end, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
-            there = exists & (w + i < end)
+            there = ends > w + i
             place = (rows + (w + i) * ROWS) * SIZES.HEAD_DIM
             value = load_tile(tiles, place, there, SIZES.HEAD_DIM, BLOCK_D)
             if more is not None:

@@ -76,11 +76,11 @@ def tile_unions_kernel(block_indices, blocks, members, counts, rest, seqs: Seque
     i = tl.arange(0, MOST)
     token = i // SLOTS
     slot = i % SLOTS
-    pos = run.offset + first + token
+    pos = tl.where(run.num_keys > 0, run.offset + first + token, -1)
     exists = (first + token < run.num_rows) & (slot < SIZES.NUM_SELECTED)
     head = (run.b.to(tl.int64) * seqs.seq_len + run.first_row + first) * SIZES.NUM_KV_HEADS + hk
     place = (head + token * SIZES.NUM_KV_HEADS) * SIZES.NUM_SELECTED + slot
-    ids = tl.load(block_indices + place, mask=exists & (run.num_keys > 0) & (pos >= 0), other=-1)
+    ids = tl.load(block_indices + place, mask=exists & (pos >= 0), other=-1)
     visible = exists & is_visible(ids, pos, SIZES.BLOCK_SIZE)
     # The token, and where it counts the slot, go along in the low bits, so that one sort orders all.
     EACH: tl.constexpr = TOKENS if SIZES.LEAST == 1 else MOST
