@@ -36,11 +36,12 @@ SPILL_ALLOWANCE = {
     "banded_fwd": 192,
     "banded_bwd_dq": 384,
     "banded_bwd_dkv": 448,
-    "select_blocks": 64,
+    "select_blocks": 80,
+    "selected_fwd_union": 192,
+    "selected_bwd_union": 192,
 }
 WIDE_SPILL_ALLOWANCE = 1536
 UNTUNED_SPILL_ALLOWANCE = 512  # the same kernels where nobody has tuned them
-UNTUNED = ("selected_fwd_union", "selected_bwd_union")  # anywhere: they have not run on a GPU
 
 PROBLEMS = {
     # group, head_dim, head_dim_v, block_size, dtype
@@ -92,7 +93,7 @@ def launches(
 def allowed(kernel: Kernel, sizes: Any, target: str = "sm_90") -> int:
     wide = any(getattr(sizes, name, 0) > 128 for name in ("HEAD_DIM", "HEAD_DIM_V"))
     wide |= getattr(sizes, "ITEMSIZE", 2) == 4
-    untuned = kernel.name in UNTUNED or (target != "sm_90" and kernel.name in SPILL_ALLOWANCE)
+    untuned = target != "sm_90" and kernel.name in SPILL_ALLOWANCE
     return max(
         SPILL_ALLOWANCE.get(kernel.name, STACK),
         UNTUNED_SPILL_ALLOWANCE if untuned else 0,
