@@ -229,6 +229,20 @@ def test_a_row_that_is_not_finite_leaves_later_keys_alone(order: str, value: flo
 
 @kernels
 @pytest.mark.parametrize("order", ORDERS)
+def test_values_that_are_not_finite_are_not_in_their_own_gradient(order: str) -> None:
+    """dv is of weights and upstream gradients: rows that see a NaN among values leave every bit of it."""
+    x = make_inputs(Spec(seq_len=40, blocks="local"), DEVICE)
+    spoiled = x.v.clone()
+    spoiled[:, 33] = float("nan")
+    found = []
+    for values in (spoiled.requires_grad_(), x.v.clone().requires_grad_()):
+        out = in_order(order)(x.q, x.k, values, x.block_indices, block_size=16)[0]
+        found += torch.autograd.grad(out, values, torch.ones_like(out))
+    assert torch.equal(*found)
+
+
+@kernels
+@pytest.mark.parametrize("order", ORDERS)
 def test_deterministic(order: str) -> None:
     spec = (
         Spec(seq_len=20)

@@ -26,14 +26,16 @@ from .sizes import LISTS, Lists, SelectedSizes, attention_inputs, spread, stages
 def _rows_loop(
     grad_out: Rows, q: Rows, k, v, weights, lists: Lists, dq_partial, first, last, start, end, chunk, hk, keys,
     run: Run, seqs: Sequences, scale, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
-    HIDDEN: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Add what the rows of tiles ``start`` to ``end`` of a list give; HIDDEN: some may not see all keys. CAREFUL: rows
+    """Add what the rows of tiles ``start`` to ``end`` of a list give. keys: None if all rows see all keys. CAREFUL: rows
     that are not finite leave keys that they do not see alone.
 
     Products have keys first, so that they take their operands as they lie; dq's too, as tensor cores take 64 rows.
     """
     COMPENSATED: tl.constexpr = SIZES.ITEMSIZE == 4
+    HIDDEN: tl.constexpr = keys is not None
+    STAGES: tl.constexpr = 1 if CAREFUL else None
     for m in tl.range(start, end, num_stages=STAGES):
         entry = load_entries(lists.entries, first, last, m, SIZES, BLOCK_M)
         valid, n, t, pos, g, partial = list_rows(entry, first, last, m, chunk, None, run, seqs, SIZES, BLOCK_M)
@@ -47,7 +49,10 @@ def _rows_loop(
         if HIDDEN:
             visible = keys[:, None] <= pos[None, :]
             if CAREFUL:
-                p += (known[2] * 0.0)[None, :]  # NaN with the row's gradient
+                # NaN with the row's gradient, throughout. A product with 0 takes no registers from the other loops.
+                CHUNK_N: tl.constexpr = SIZES.CHUNK_N
+                BLOCK_DV: tl.constexpr = SIZES.BLOCK_DV
+                p += dot(tl.zeros([CHUNK_N, BLOCK_DV], grad_rows.dtype), tl.trans(grad_rows))
                 q_rows = finite_part(q_rows)
                 grad_rows = finite_part(grad_rows)
             p = tl.where(visible, p, 0.0)
@@ -91,19 +96,19 @@ def selected_bwd_kv_outer_kernel(
     dv_lost = tl.zeros([CHUNK_N, BLOCK_DV], tl.float32)
     dk, dk_lost, dv, dv_lost = _rows_loop(
         grad_out, q, k_chunk, v_chunk, weights, lists, dq_partial, first, last, 0, hidden, chunk, hk, keys, run, seqs,
-        scale, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, True, False, None,
+        scale, dk, dk_lost, dv, dv_lost, SIZES, BLOCK_M, False,
     )  # fmt: skip
     if not (all_finite(dk) & all_finite(dv)):
         zero = tl.zeros([CHUNK_N, BLOCK_D], tl.float32)
         zero_v = tl.zeros([CHUNK_N, BLOCK_DV], tl.float32)
         dk, dk_lost, dv, dv_lost = _rows_loop(
             grad_out, q, k_chunk, v_chunk, weights, lists, None, first, last, 0, hidden, chunk, hk, keys, run, seqs,
-            scale, zero, zero, zero_v, zero_v, SIZES, BLOCK_M, True, True, 1,
+            scale, zero, zero, zero_v, zero_v, SIZES, BLOCK_M, True,
         )  # fmt: skip
     dk, dk_lost, dv, dv_lost = _rows_loop(
         grad_out, q, k_chunk, v_chunk, weights, lists, dq_partial, first, last, hidden,
-        tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M), chunk, hk, keys, run, seqs, scale, dk, dk_lost, dv, dv_lost,
-        SIZES, BLOCK_M, False, False, None,
+        tl.cdiv((last - first) * SIZES.GROUP, BLOCK_M), chunk, hk, None, run, seqs, scale, dk, dk_lost, dv, dv_lost,
+        SIZES, BLOCK_M, False,
     )  # fmt: skip
     if first < last:
         tile_rows = (w.to(tl.int64) * SIZES.NUM_CHUNKS + chunk) * SIZES.CHUNK_N + tl.arange(0, SIZES.CHUNK_N)
