@@ -41,7 +41,7 @@ class Device:
     dram_bandwidth: float  # B/s, reached by a streaming kernel
     l2_bandwidth: float  # B/s, reached by a kernel that gathers K/V blocks
     sort_rate: float  # entries/s that are sorted by block, the small kernels around the sort included
-    launch_overhead: float  # s per kernel, on the device; `HOST_LAUNCH` is the host's
+    launch_overhead: float  # s per kernel, as fitted, with some of the host's share; `HOST_LAUNCH` is all of it
     num_sms: int  # multiprocessors (compute units, cores)
     memory: float  # B
     kind: str = "cuda"  # "cuda" (ROCm too) or "cpu"

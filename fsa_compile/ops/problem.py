@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import cost
 
-__all__ = ["UNKNOWN_LENGTH", "device_of", "gpu_of", "problem_of", "size_hint"]
+__all__ = ["UNKNOWN_LENGTH", "device_of", "gpu_of", "is_traced", "problem_of", "size_hint"]
 
 # Assumed for a size without a hint (an unbacked symbol): long enough for either order to be worth its launches.
 UNKNOWN_LENGTH = 8192
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler asks what a call is made of, not the call itself what it gives."""
+    return isinstance(x, FakeTensor)
 
 
 def size_hint(size: Any, fallback: int = UNKNOWN_LENGTH) -> int:

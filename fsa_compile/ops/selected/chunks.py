@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...templates.kernel import Kernel
 from ...tiling import WORKSPACE
-from ..problem import size_hint
+from ..problem import is_traced, size_hint
 from ..rules import Runs
 
 __all__ = ["Chunk", "chunks", "dense", "joined", "results", "whole_of"]
@@ -98,9 +97,10 @@ def whole_of(
 ) -> tuple[Tensor, ...] | None:
     """Tensors that all parts write to, of the given shapes and dtypes; None if parts are to be ``joined``.
 
-    Fake ones are: Inductor fuses the copy into what reads them, and knows no result that an operator writes to.
+    Of a traced call they are: Inductor fuses the copy into what reads them, and could not fuse what is written in
+    place.
     """
-    if sum(len(heads) for cut in cuts for heads in cut) == 1 or isinstance(like, FakeTensor):
+    if sum(len(heads) for cut in cuts for heads in cut) == 1 or is_traced(like):
         return None
     return tuple(like.new_empty(shape, dtype=dtype) for shape, dtype in wanted)
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...templates.selected.merge_partials import MERGE_PARTIALS
 from ...templates.selected.reduce_tiles import REDUCE_TILES
 from ...templates.selected.sum_partials import SUM_PARTIALS
 from ...tiling import agreeing, union_tokens
 from ..options import Layout, Selected
+from ..problem import is_traced
 from ..rules import Rule, Runs, kernel_runs, register
 from . import block_lists as _block_lists  # noqa: F401  registers the operator
 from .choice import choose
@@ -37,7 +37,7 @@ def _order(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, options: Sele
     if options.loop_order != "auto":
         return options.loop_order
     tensors = {"q": q, "k": k, "v": v, "block_indices": block_indices}
-    return choose(tensors | options._asdict(), backward=backward, eager=not isinstance(q, FakeTensor)).order
+    return choose(tensors | options._asdict(), backward=backward, eager=not is_traced(q)).order
 
 
 def _query_outer_forward(
@@ -119,8 +119,11 @@ def _backward(
     lists = _ops._block_lists(block_indices, *runs, seq_len_k=k.shape[1], block_size=sizes["block_size"])
     weights = _ops._row_weights(shift, log_sum, delta, scale=sizes["scale"], compensated=q.dtype == torch.float32)
     *tiles, _ = _ops._selected_bwd_kv_outer(*tensors, weights, *lists, *runs, **sizes, with_dq=False)
-    of_blocks = {"block_size": sizes["block_size"]}
-    dk, dv = (_ops._reduce_tiles(x, None, lists[2], y, *runs, **of_blocks) for x, y in zip(tiles, (k, v), strict=True))
+    block_size = sizes["block_size"]
+    dk, dv = (
+        _ops._reduce_tiles(x, None, lists[2], like, *runs, block_size=block_size)
+        for x, like in zip(tiles, (k, v), strict=True)
+    )
     return dq_by(known, runs, sizes), dk, dv
 
 

@@ -28,8 +28,9 @@ def _rows_loop(
     run: Run, seqs: Sequences, scale, dk, dk_lost, dv, dv_lost, SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Add what the rows of tiles ``start`` to ``end`` of a list give. keys: None if all rows see all keys. CAREFUL: rows
-    that are not finite leave keys that they do not see alone.
+    """Add what the rows of tiles ``start`` to ``end`` of a list give.
+
+    keys: None if all rows see all keys. CAREFUL: rows that are not finite leave keys that they do not see alone.
 
     Products have keys first, so that they take their operands as they lie; dq's too, as tensor cores take 64 rows.
     """
